@@ -1,0 +1,91 @@
+"""Leaf names as paths: one spelling for what frameworks write differently.
+
+`layers_7`, `layers/7`, `layers.7` and entry 7 of a leaf stacked under `layers` are one path. Keep masks and patterns go
+by these paths, so a scanned checkpoint and its unscanned copy draw the same masks. Other spellings are joined by a layout.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+_NUMBERED = re.compile(r"(.*[^0-9_])_(\d+)")
+
+
+def canonical(name: str) -> str:
+    """`decoder.layers_7.mlp/kernel` -> `decoder/layers/7/mlp/kernel`."""
+    parts = []
+    for part in re.split(r"[./]", name):
+        numbered = _NUMBERED.fullmatch(part)
+        parts.extend(numbered.groups() if numbered else (part,))
+    return "/".join(parts)
+
+
+def of_tree_path(path: tuple[Any, ...]) -> str:
+    """A JAX key path -> `decoder/layers_7/mlp/kernel`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+class Stacked:
+    """Which leaves hold all layers in one array, and along which axis.
+
+    Built from `{pattern: axis}`. A pattern is a canonical path in which `*` stands for any characters; a pattern
+    without one also covers everything below it. The layer's index goes behind the last plain part that stands before a
+    `*` part (behind the whole pattern where there is none): `{"decoder/layers/*": 1}` makes entry 7 of
+    `decoder/layers/mlp/wi/kernel` the path `decoder/layers/7/mlp/wi/kernel`.
+    """
+
+    def __init__(self, patterns: Mapping[str, int] | None):
+        self.patterns = dict(patterns or {})
+        self._compiled = [
+            (pattern, self._compile(pattern), axis) for pattern, axis in self.patterns.items()
+        ]
+        for pattern, axis in self.patterns.items():
+            if not isinstance(axis, int) or isinstance(axis, bool) or axis < 0:
+                raise ValueError(
+                    f"stacked[{pattern!r}] is {axis!r}: give the axis over layers, 0 or more"
+                )
+
+    @staticmethod
+    def _compile(pattern: str) -> re.Pattern[str]:
+        parts = canonical(pattern).split("/")
+        wild = [i for i, part in enumerate(parts) if "*" in part]
+        plain = [i for i in range(max(wild, default=len(parts))) if "*" not in parts[i]]
+        if not plain:
+            raise ValueError(
+                f"the stacked pattern {pattern!r} has no plain part: name the part that holds the layers, as in"
+                " 'decoder/layers/*'"
+            )
+        cut = plain[-1] + 1
+        head, tail = ("/".join(map(_glob, p)) for p in (parts[:cut], parts[cut:]))
+        return re.compile(f"({head})(/{tail})" if tail else f"({head})(|/.*)")
+
+    def axis(self, name: str) -> int | None:
+        """The axis over layers of this leaf, or None."""
+        return next(
+            (axis for _, regex, axis in self._compiled if regex.fullmatch(canonical(name))), None
+        )
+
+    def layer_path(self, name: str, layer: int) -> str:
+        """The canonical path of one layer's tensor in a stacked leaf."""
+        path = canonical(name)
+        for _, regex, _ in self._compiled:
+            match = regex.fullmatch(path)
+            if match:
+                return f"{match[1]}/{layer}{match[2]}"
+        raise AssertionError(f"{name} is not stacked")
+
+    def unused(self, names: list[str]) -> list[str]:
+        """The patterns that match no leaf."""
+        return [
+            pattern
+            for pattern, regex, _ in self._compiled
+            if not any(regex.fullmatch(canonical(name)) for name in names)
+        ]
+
+
+def _glob(part: str) -> str:
+    return ".*".join(map(re.escape, part.split("*")))

@@ -1,0 +1,86 @@
+"""Packaging: what is installed, what it needs, and why each bound is there.
+
+A lower bound is a version this code was seen to work with; there are no upper bounds, and a `!=` would name a release
+that is known to break, with its reason. `.[test]` is enough for the default tests, `.[test,peers,tpu]` for all of them.
+"""
+
+from setuptools import find_packages, setup
+
+INSTALL_REQUIRES = [
+    # Arrays. flax, orbax and optax of the same season: older ones call what jax 0.10 has removed.
+    "jax>=0.10.2",
+    "flax>=0.12.8",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.8",
+    "numpy>=2.4",
+    "ml_dtypes>=0.6.0",  # the numpy dtype of bfloat16
+    "jaxtyping",  # shapes in annotations; nothing is checked at run time outside the tests
+    # Files. epath gives gs:// and local paths one interface; tensorstore reads and writes arrays in chunks.
+    "etils[epath]>=1.15.0",
+    "tensorstore>=0.1.86",
+    "google-crc32c>=1.9.0",  # crc32c in hardware; a checksum in Python would be slower than the storage
+    # Entry points.
+    "absl-py>=2.5.1",
+    "gin-config>=0.5.0",  # 0.5.0 builds instances of the class itself, not of a subclass gin made, so they pickle
+    "tqdm>=4.67.1",  # the oldest that mergekit 0.1.5 (extra `peers`) accepts too
+    # Tasks. Imported by tasks/ only.
+    "seqio>=0.0.20",
+    "tensorboard>=2.21.0",  # seqio's logger imports it; TensorFlow 2.21 no longer depends on it
+]
+
+# No torch here: what compares with other programs is in `peers`, and its tests skip where that is absent.
+TEST = [
+    "pytest>=9.0",
+    "hypothesis>=6.170",
+    "beartype>=0.23",
+    "ruff>=0.17",  # formats differ between minor releases
+    # What makes the real checkpoints of the tests.
+    "gguf>=0.19.0",
+    "safetensors>=0.8.0",
+    "tokenizers>=0.23",
+]
+
+# One set that resolves together. Exact where a result of theirs is compared bit for bit or timed.
+PEERS = [
+    "torch==2.13.0",
+    "transformers>=5.0",  # mergekit 0.1.5 needs 5
+    "mergekit==0.1.5",
+    "lm-eval[hf]==0.4.13",
+]
+
+# T5X and two of its imports are in no package index, or in one only as a release that no longer imports. airio's own
+# requirements pin an old grain and tfds-nightly: where that conflicts, install it with --no-deps.
+T5X = [
+    "t5x @ git+https://github.com/google-research/t5x",
+    "airio @ git+https://github.com/google/airio",
+    "jestimator @ git+https://github.com/google-research/jestimator",  # 0.3.3 imports what jax has removed
+    "grain",
+    "clu",
+    "cached_property",
+    "fiddle",
+]
+
+setup(
+    name="merging-at-scale",
+    version="0.1.0",
+    description="Merges fine-tuned checkpoints in weight space, on JAX: exact, streamed, sharded.",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(
+        include=[
+            f"{name}{suffix}"
+            for name in ("merging", "tasks", "launch", "gin_configs")
+            for suffix in ("", ".*")
+        ]
+    ),
+    package_data={"gin_configs": ["**/*.gin"], "launch": ["*.sh", "**/*.sh"]},
+    install_requires=INSTALL_REQUIRES,
+    extras_require={
+        "test": TEST,
+        "peers": PEERS,
+        "tpu": ["jax[tpu]>=0.10.2"],
+        "cuda": ["jax[cuda12]>=0.10.2"],
+        "gcs": ["gcsfs"],  # etils.epath reads gs:// through it; tensorstore has its own client
+        "t5x": T5X,
+    },
+)
