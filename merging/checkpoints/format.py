@@ -1,0 +1,99 @@
+"""What every checkpoint format gives the engine: a Reader, a Writer, and leaves described without opening them.
+
+A format is one file of this folder with a `Reader` and a `Writer` (see `safetensors.py`, `memory.py`). A reader tells
+what is stored without reading any array (`specs`), and reads exactly the bytes of a slice (`read`). A writer is told
+all leaves beforehand, receives their slices in storage order, and makes nothing visible before `commit`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
+
+import ml_dtypes
+import numpy as np
+
+# A box of a leaf: one slice with explicit, in-range start and stop, step 1, for each dimension.
+Index = tuple[slice, ...]
+
+MERGED_DTYPES = tuple(np.dtype(t) for t in (np.float32, ml_dtypes.bfloat16, np.float16, np.float64))
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that can't be read as it is: says which file and leaf, what was found, what was wanted, what to do."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LeafSpec:
+    """One stored array.
+
+    Attributes:
+      name: as it is stored, e.g. `model.layers.0.mlp.up_proj.weight`.
+      shape: in elements; () for a scalar.
+      dtype: numpy dtype (bfloat16 is ml_dtypes').
+      stacked: the axis over layers where one leaf holds the same tensor of all layers (`scan`), else None.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    stacked: int | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+    @property
+    def is_merged(self) -> bool:
+        """True for float leaves; integer and boolean leaves are copied from the base."""
+        return self.dtype in MERGED_DTYPES
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """One checkpoint, open for reading. Thread-safe: many threads call `read` at once."""
+
+    location: str  # path or name, for messages
+
+    def specs(self) -> Mapping[str, LeafSpec]:
+        """All leaves in storage order. Reads headers only, never array data."""
+        ...
+
+    def read(self, name: str, index: Index, *, out: np.ndarray | None = None) -> np.ndarray:
+        """The elements of `index`, C order; only those bytes are read.
+
+        `out`, where given, is a C-contiguous array of the box's shape and the leaf's dtype that receives them and is
+        returned. Raises CheckpointError naming the file and leaf when bytes are missing or the file changed, shrank
+        or vanished since the checkpoint was opened.
+        """
+        ...
+
+    def digest(self) -> str:
+        """Hex digest of what identifies the input: its headers, and each file's name, size and modification time."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@runtime_checkable
+class Writer(Protocol):
+    """One checkpoint being written. Nothing is visible under its final name before `commit`."""
+
+    def write(self, name: str, index: Index, array: np.ndarray) -> None:
+        """Stores a box (C order). Boxes arrive in storage order, whole leaves one after another, from one thread."""
+        ...
+
+    def commit(self) -> None:
+        """All bytes synced, then everything appears under the final name at once."""
+        ...
+
+    def abort(self) -> None:
+        """Removes what was written; nothing appears."""
+        ...

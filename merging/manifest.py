@@ -1,0 +1,189 @@
+"""The manifest of an output folder: written last, it says that the folder is whole and how it was made.
+
+An output is staged in a folder beside it, `<output>.partial`, and gets its name by one rename after the manifest is on
+disk, so that nobody ever sees a part of it under its name. One of our own folders without a manifest is not an output.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from etils import epath
+
+MANIFEST = "manifest.json"
+MARKER = (
+    "unfinished.json"  # in a staging folder from its first moment: shows that it is ours to remove
+)
+LIBRARIES = ("jax", "jaxlib", "numpy", "ml_dtypes", "tensorstore", "orbax-checkpoint")
+
+
+class OutputError(ValueError):
+    """An output folder that can't be used: says what is there, what was wanted and what to do."""
+
+
+class Staging:
+    """An output folder in the making.
+
+    Args:
+      output: the folder to be; must not exist, its parent is made if need be.
+
+    Attributes:
+      folder: where to put the files until `commit`.
+    """
+
+    def __init__(self, output: epath.PathLike):
+        self.output = epath.Path(output)
+        self.folder = self.output.parent / (self.output.name + ".partial")
+
+    def create(self, what: Mapping[str, Any]) -> None:
+        """Makes the folder, in place of what an earlier run of ours left unfinished; `what` says what will be in it.
+
+        Raises OutputError if something else is in the way or the place can't be written to.
+        """
+        if self.folder.exists():
+            if not (self.folder / MARKER).exists():
+                raise OutputError(
+                    f"{self.folder} is in the way: output is staged there, and what it holds was not put there by this"
+                    " program; move it away or choose another OUTPUT_DIR"
+                )
+            self.folder.rmtree()
+        try:
+            self.folder.mkdir(parents=True)
+            (self.folder / MARKER).write_text(json.dumps(what, indent=1))
+        except OSError as error:
+            raise OutputError(
+                f"can't write to {self.output.parent}: {error.strerror or error} ({error.filename}); choose an OUTPUT_DIR"
+                " whose parent is a folder that you may write to"
+            ) from error
+
+    def commit(self, manifest: Mapping[str, Any]) -> None:
+        """Writes the manifest, then gives the folder its name."""
+        write(self.folder, manifest)
+        (self.folder / MARKER).unlink()
+        _sync(self.folder)
+        if self.output.exists():
+            raise OutputError(
+                f"{self.output} has appeared during the run; the result stays in {self.folder}"
+            )
+        self.folder.rename(self.output)
+        _sync(self.output.parent)
+
+    def discard(self) -> None:
+        """Removes the staging folder, if it is there."""
+        if (self.folder / MARKER).exists():
+            self.folder.rmtree()
+
+
+def _sync(path: epath.Path) -> None:
+    """Flushes a local file or folder to the disk; object storage has no need of it."""
+    if os.path.exists(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write(folder: epath.PathLike, manifest: Mapping[str, Any]) -> None:
+    """Puts a manifest into a folder, whole or not at all."""
+    temporary = epath.Path(folder) / (MANIFEST + ".tmp")
+    temporary.write_text(json.dumps(manifest, indent=1) + "\n")
+    _sync(temporary)
+    temporary.rename(epath.Path(folder) / MANIFEST)
+
+
+def read(folder: epath.PathLike) -> dict[str, Any] | None:
+    """The manifest of a folder, or None if it has none.
+
+    Raises OutputError if there is one that can't be read.
+    """
+    path = epath.Path(folder) / MANIFEST
+    if not path.exists():
+        return None
+    try:
+        manifest = json.loads(path.read_text())
+        if not isinstance(manifest, dict):
+            raise ValueError(f"it holds a {type(manifest).__name__}, not an object")
+        return manifest
+    except (ValueError, OSError) as error:
+        raise OutputError(f"{path} can't be read: {error}") from error
+
+
+def is_done(output: epath.PathLike, identity: Mapping[str, Any]) -> bool:
+    """Whether the output is there, made by the same stage from the same inputs with the same settings.
+
+    Raises OutputError if something else is there.
+    """
+    output = epath.Path(output)
+    if not output.exists():
+        return False
+    if not output.is_dir():
+        raise OutputError(f"{output} is a file: move it away or choose another OUTPUT_DIR")
+    found = read(output)
+    if found is None:
+        if not any(output.iterdir()):
+            raise OutputError(
+                f"{output} exists already (empty): remove it or choose another OUTPUT_DIR"
+            )
+        raise OutputError(
+            f"{output} holds something that this program did not make (it has no {MANIFEST}): nothing in it is"
+            " touched; choose another OUTPUT_DIR"
+        )
+    if found.get("identity_digest") == digest(identity):
+        return True
+    then = found.get("identity", {})
+    different = sorted(k for k in {*then, *identity} if then.get(k) != identity.get(k))
+    raise OutputError(
+        f"{output} holds the output of another run, which differs in {', '.join(different) or 'its version'}: choose another"
+        " OUTPUT_DIR, or remove it first"
+    )
+
+
+def digest(value: Any) -> str:
+    """Hex SHA-256 of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+@functools.cache
+def environment() -> dict[str, Any]:
+    """What the result may depend on besides configuration and inputs: code, libraries, device."""
+    libraries = {}
+    for name in LIBRARIES:
+        try:
+            libraries[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            libraries[name] = None
+    device = jax.devices()[0]
+    return {
+        "code": code_digest(),
+        "python": platform.python_version(),
+        "libraries": libraries,
+        "device": {"platform": device.platform, "kind": device.device_kind},
+        "processes": jax.process_count(),
+        "devices": jax.device_count(),
+    }
+
+
+@functools.cache
+def code_digest() -> str:
+    """Hex SHA-256 over this library's source files: which code made a result, committed or not."""
+    root = pathlib.Path(__file__).parent  # installed code is on local disk
+    total = hashlib.sha256()
+    for path in sorted(root.glob("**/*.py")):
+        total.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return total.hexdigest()
+
+
+def now() -> str:
+    """The time as ISO 8601, UTC."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
