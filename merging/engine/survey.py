@@ -1,0 +1,494 @@
+"""The first pass: facts of the whole model that TIES and DARE ask for, exact, by counting.
+
+A sample proposes a narrow bracket of magnitudes for each threshold; one read of everything then counts what lies above
+and in the brackets, which proves each threshold exactly, or says in which direction to look again. The same read counts
+the votes: the majority sign is proven by it wherever the majority exceeds what the uncertain votes could change, else
+one more read counts them under the exact thresholds. Every extra read is told through `log`.
+
+Only counts are added up, so the facts are the same whatever the slices, the order and the number of hosts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
+
+import numpy as np
+
+from merging.engine.pieces import Piece, Tensor, piece_at, pieces_of
+from merging.engine.step import Facts, Question, codes_step, survey_step
+from merging.engine.stream import LoadedPiece, Stream, padded_size
+from merging.kernels.magnitude import (
+    Search,
+    answer_from_all,
+    code_to_magnitude,
+    propose_from_sample,
+)
+from merging.methods.method import TaskVectorMethod
+from merging.methods.task_arithmetic import TaskArithmetic
+
+SAMPLE_ELEMENTS = (
+    1 << 20
+)  # per expert: brackets of about 0.5 % of the entries; sorting it takes 10 ms an expert
+SAMPLE_BLOCK = (
+    1 << 12
+)  # elements read in one go; smaller blocks are more alike the whole, larger ones fewer reads
+MODEL = ""  # the group of a trim over the whole model; other groups are tensor paths
+
+Combine = Callable[[np.ndarray], np.ndarray]  # int64 array -> its sum over all hosts
+
+
+class MethodSurvey:
+    """What is known so far for one method.
+
+    Attributes:
+      method: its scale does not matter.
+      searches: per group (the model, or each tensor) one search per expert; empty without a trim.
+      l1: per tensor path, float32 [N] ratios.
+      majority: +1, -1, or None while unknown.
+    """
+
+    def __init__(self, method: TaskVectorMethod, tensors: Sequence[Tensor], experts: int):
+        self.method = method
+        self.experts = experts
+        self.l1: dict[str, np.ndarray] = {}
+        self.majority: int | None = None
+        self.searches: dict[str, list[Search]] = {}
+        if method.trim_fraction is not None:
+            sizes: dict[str, int] = {}
+            for tensor in tensors:
+                group = self.group(tensor)
+                sizes[group] = sizes.get(group, 0) + tensor.size
+            for group, size in sizes.items():
+                rank = int(method.trim_fraction * size)
+                self.searches[group] = [Search(rank, size) for _ in range(experts)]
+
+    def group(self, tensor: Tensor) -> str:
+        return MODEL if self.method.trim_scope == "model" else tensor.path
+
+    def is_open(self, tensor: Tensor) -> bool:
+        """Whether this tensor still has to be counted for a threshold."""
+        return bool(self.searches) and not all(
+            search.is_done for search in self.searches[self.group(tensor)]
+        )
+
+    def question(self, tensor: Tensor) -> Question:
+        """What to count in this tensor next."""
+        edges = None
+        if self.searches:
+            edges = np.array(
+                [_edges(search) for search in self.searches[self.group(tensor)]], np.float32
+            )
+        return Question(self.method, Facts(l1=self.l1.get(tensor.path)), edges)
+
+    def facts(self, tensor: Tensor) -> Facts:
+        """What the merge of this tensor needs, once everything is known."""
+        thresholds = None
+        if self.searches:
+            group = self.searches[self.group(tensor)]
+            thresholds = np.array([search.threshold for search in group], np.float32)
+        return Facts(
+            thresholds=thresholds,
+            majority=None if self.majority is None else np.float32(self.majority),
+            l1=self.l1.get(tensor.path),
+        )
+
+
+def _edges(search: Search) -> tuple[np.float32, np.float32, np.float32]:
+    """Magnitudes low, high, guess of a search's bracket; all at the threshold where it is done."""
+    if search.is_done:
+        return (search.threshold,) * 3
+    bracket = search.bracket()
+    low, high, guess = (
+        code_to_magnitude(code) for code in (bracket.low, bracket.high, bracket.guess)
+    )
+    return low, high, guess
+
+
+@dataclasses.dataclass
+class Votes:
+    """Counts of elements by the sign of their vote; the certain ones have no expert in its bracket."""
+
+    positive: int = 0
+    negative: int = 0
+    certain_positive: int = 0
+    certain_negative: int = 0
+    uncertain: int = 0
+
+    def majority(self, *, guess_was_exact: bool) -> int | None:
+        """The sign of the majority, or None if the counts do not prove it. A majority of zero acts as negative."""
+        if guess_was_exact:
+            return 1 if self.positive > self.negative else -1
+        margin = self.certain_positive - self.certain_negative
+        if abs(margin) > self.uncertain:
+            return 1 if margin > 0 else -1
+        return None
+
+
+def survey(
+    methods: Sequence[TaskVectorMethod],
+    stream: Stream,
+    tensors: Sequence[Tensor],
+    mine: Sequence[Tensor],
+    *,
+    combine: Combine,
+    log: Callable[[str], None],
+) -> tuple[list[MethodSurvey], int]:
+    """Finds everything the methods ask.
+
+    Args:
+      methods: those that ask for something, in any order.
+      stream: reads the inputs.
+      tensors: all merged tensors of the model, the same on every host.
+      mine: those that this host reads (and later merges).
+      combine: adds an array of counts over all hosts.
+      log: told of every read and why.
+
+    Returns:
+      One survey per method, in their order (thresholds of single tensors are known for `mine` alone), and how often all
+      inputs were read.
+    """
+    surveys = [MethodSurvey(method, tensors, len(stream.experts)) for method in methods]
+    asking_l1 = [s for s in surveys if s.method.asks_l1]
+    if asking_l1:
+        log("reading all inputs for the L1 norms of each tensor")
+        _survey_l1(asking_l1, stream, tensors, mine, combine)
+    _propose([s for s in surveys if s.searches], stream, tensors, mine)
+    reads = int(bool(asking_l1))
+    first = True
+    while True:
+        is_open = [any(s.is_open(tensor) for tensor in mine) for s in surveys]
+        is_open = combine(np.array(is_open, np.int64)) > 0
+        is_unknown = [s.method.asks_majority and s.majority is None for s in surveys]
+        asking = [s for s, o, u in zip(surveys, is_open, is_unknown, strict=True) if o or u]
+        if not asking:
+            return surveys, reads
+        if first:
+            log("reading all inputs for " + _what(asking))
+        elif any(is_open):
+            log("reading again: the sample's bracket did not hold every threshold")
+        else:
+            log(
+                "reading again: before the thresholds were exact, the majority sign was too close to call"
+            )
+        first = False
+        reads += 1
+        wanted = [t for t in mine if any(is_unknown) or any(s.is_open(t) for s in asking)]
+        _survey_counts(asking, stream, wanted, combine)
+
+
+def _what(surveys: Sequence[MethodSurvey]) -> str:
+    trims = any(s.searches for s in surveys)
+    votes = any(s.method.asks_majority for s in surveys)
+    return " and ".join(["exact thresholds"] * trims + ["the majority sign"] * votes)
+
+
+# ---- one read that counts -------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class _Tally:
+    """Counts of one method's brackets in one group."""
+
+    above: np.ndarray  # int64 [N]
+    bins: list[np.ndarray]  # per expert int64 [bins of its bracket]
+
+
+@dataclasses.dataclass
+class _Counted:
+    """What one piece adds for one method.
+
+    Attributes:
+      above: int64 [N]; None without a trim.
+      codes: per expert, the number of the bin of each element in the bracket.
+      votes: int64 [5], in the order of `Votes`.
+    """
+
+    above: np.ndarray | None
+    codes: list[np.ndarray]
+    votes: np.ndarray
+
+
+def _survey_counts(
+    surveys: Sequence[MethodSurvey], stream: Stream, tensors: Sequence[Tensor], combine: Combine
+) -> None:
+    """Reads the tensors once and narrows every open search; decides the majorities that the counts prove."""
+    tallies: dict[tuple[int, str], _Tally] = {}
+    votes = np.zeros((len(surveys), 5), np.int64)
+    guesses = [_answers(s, tensors) for s in surveys]
+    path = None
+    for tensor, counted in stream.run(tensors, lambda loaded: _count(surveys, stream, loaded)):
+        if path not in (None, tensor.path):
+            _narrow(surveys, tallies, path)
+        path = tensor.path
+        for number, (survey, found) in enumerate(zip(surveys, counted, strict=True)):
+            votes[number] += found.votes
+            if found.above is None:
+                continue
+            group = survey.group(tensor)
+            tally = tallies.setdefault((number, group), _empty_tally(survey, group))
+            tally.above += found.above
+            for bins, codes in zip(tally.bins, found.codes, strict=True):
+                np.add.at(bins, codes, 1)
+    if path is not None:
+        _narrow(surveys, tallies, path)
+    for number, survey in enumerate(surveys):
+        if MODEL in survey.searches:
+            tally = tallies.setdefault((number, MODEL), _empty_tally(survey, MODEL))
+            counts = [tally.above, *tally.bins]
+            total = combine(np.concatenate(counts))
+            tally.above, *tally.bins = np.split(total, np.cumsum([len(c) for c in counts])[:-1])
+    _narrow(surveys, tallies, MODEL)
+    # A host whose guesses were not all exact makes the votes of all uncertain.
+    inexact = [
+        sum(a != b for a, b in zip(guess, _answers(s, tensors), strict=True))
+        for s, guess in zip(surveys, guesses, strict=True)
+    ]
+    votes, inexact = combine(votes), combine(np.array(inexact, np.int64))
+    for survey, counts, wrong in zip(surveys, votes, inexact, strict=True):
+        if survey.method.asks_majority and survey.majority is None:
+            survey.majority = Votes(*map(int, counts)).majority(guess_was_exact=wrong == 0)
+
+
+def _narrow(
+    surveys: Sequence[MethodSurvey], tallies: dict[tuple[int, str], _Tally], group: str
+) -> None:
+    """Hands complete counts of a group to its searches and forgets them."""
+    for number, survey in enumerate(surveys):
+        tally = tallies.pop((number, group), None)
+        if tally is None:
+            continue
+        for search, above, bins in zip(
+            survey.searches[group], tally.above, tally.bins, strict=True
+        ):
+            if not search.is_done:
+                search.narrow_by_bins(search.bracket(), int(above), bins)
+
+
+def _empty_tally(survey: MethodSurvey, group: str) -> _Tally:
+    searches = survey.searches[group]
+    return _Tally(
+        np.zeros(len(searches), np.int64),
+        [np.zeros(0 if s.is_done else s.bracket().bins, np.int64) for s in searches],
+    )
+
+
+def _answers(survey: MethodSurvey, tensors: Sequence[Tensor]) -> list[int]:
+    """The answer of each search as far as it is known: exact where done, else the guess."""
+    groups = dict.fromkeys(survey.group(tensor) for tensor in tensors) if survey.searches else ()
+    return [
+        (search.low if search.rank else -1) if search.is_done else search.bracket().guess
+        for group in groups
+        for search in survey.searches[group]
+    ]
+
+
+def _count(
+    surveys: Sequence[MethodSurvey], stream: Stream, loaded: LoadedPiece
+) -> tuple[Tensor, list[_Counted]]:
+    """Counts one piece for every method; runs in a worker."""
+    questions = tuple(s.question(loaded.tensor) for s in surveys)
+    base, experts = loaded.on_devices()
+    packed = survey_step(
+        questions, base, experts, loaded.keys, loaded.offset, geometry=loaded.geometry
+    )
+    counted = []
+    for survey, question, fields in zip(surveys, questions, packed, strict=True):
+        fields = [np.asarray(field)[: loaded.size] for field in fields]
+        if _count_bits(fields[-1], 4)[3]:
+            stream.blame_not_finite(loaded)
+        counted.append(_count_fields(survey, question, fields, loaded))
+    return loaded.tensor, counted
+
+
+def _count_fields(
+    survey: MethodSurvey, question: Question, fields: list[np.ndarray], loaded: LoadedPiece
+) -> _Counted:
+    vote = fields[-1]
+    positive, negative, uncertain = _count_bits(vote, 3)
+    certain = vote * (vote < 4)  # the vote byte where no expert is in its bracket
+    votes = np.array([positive, negative, *_count_bits(certain, 2), uncertain], np.int64)
+    if question.edges is None:
+        return _Counted(None, [], votes)
+    number = len(loaded.experts)
+    width = -(-number // 8)
+    above = np.array(
+        [c for i in range(width) for c in _count_bits(fields[i], min(8, number - 8 * i))], np.int64
+    )
+    searches = survey.searches[survey.group(loaded.tensor)]
+    return _Counted(
+        above, _codes_inside(searches, question, fields[width : 2 * width], loaded), votes
+    )
+
+
+def _codes_inside(
+    searches: Sequence[Search], question: Question, inside: list[np.ndarray], loaded: LoadedPiece
+) -> list[np.ndarray]:
+    """Per expert, the bins of the elements that lie in its bracket; exact magnitudes of the few elements concerned."""
+    nothing = np.zeros(0, np.int64)
+    if all(search.is_done for search in searches):
+        return [nothing] * len(searches)
+    chosen = _nonzero_in_any(inside)
+    if len(chosen) == 0:
+        return [nothing] * len(searches)
+    codes = gathered_codes(question, loaded, chosen)
+    result = []
+    for i, search in enumerate(searches):
+        if search.is_done:
+            result.append(nothing)
+            continue
+        bracket = search.bracket()
+        is_inside = (inside[i // 8][chosen] >> (i % 8)) & 1 != 0
+        result.append((codes[i][is_inside].astype(np.int64) - bracket.low) >> bracket.shift)
+    return result
+
+
+def gathered_codes(question: Question, loaded: LoadedPiece, chosen: np.ndarray) -> np.ndarray:
+    """Magnitude codes of chosen elements of a piece: uint32 [N, chosen]."""
+    index = np.zeros(padded_size(len(chosen)), np.int64)
+    index[: len(chosen)] = chosen
+    flat = (loaded.piece.start + index).astype(np.uint64)
+    codes = codes_step(
+        question,
+        loaded.base[index],
+        tuple(expert[index] for expert in loaded.experts),
+        loaded.keys,
+        flat.astype(np.uint32),
+        (flat >> np.uint64(32)).astype(np.uint32) if loaded.geometry.wide else None,
+    )
+    return np.asarray(codes)[:, : len(chosen)]
+
+
+def _nonzero_in_any(fields: Sequence[np.ndarray]) -> np.ndarray:
+    """Where any of the byte arrays is not zero: int64 [any], ascending."""
+    combined = fields[0]
+    for field in fields[1:]:
+        combined = combined | field
+    whole = len(combined) // 8 * 8
+    # Eight bytes at a time: most are zero, and a search among bytes takes four times as long.
+    words = np.flatnonzero(combined[:whole].view(np.uint64))
+    rows, columns = np.nonzero(combined[:whole].reshape(-1, 8)[words])
+    tail = np.flatnonzero(combined[whole:]) + whole
+    return np.concatenate([words[rows] * 8 + columns, tail])
+
+
+def _count_bits(field: np.ndarray, number: int) -> list[int]:
+    """How often each of the lowest bits is set in a uint8 array."""
+    whole = len(field) // 8 * 8
+    words, tail = field[:whole].view(np.uint64), field[whole:]
+    counts = []
+    for bit in range(number):
+        in_words = np.bitwise_count(words & np.uint64(0x0101010101010101 << bit))
+        counts.append(
+            int(in_words.sum(dtype=np.int64)) + int(np.count_nonzero(tail & np.uint8(1 << bit)))
+        )
+    return counts
+
+
+# ---- the sample -----------------------------------------------------------------------------------------------------
+
+
+def _propose(
+    surveys: Sequence[MethodSurvey],
+    stream: Stream,
+    tensors: Sequence[Tensor],
+    mine: Sequence[Tensor],
+) -> None:
+    """Samples the inputs and proposes a bracket to every search. Every host samples the whole model alike."""
+    for scope, sampled in (("model", tensors), ("tensor", mine)):
+        asking = [s for s in surveys if s.method.trim_scope == scope]
+        if not asking:
+            continue
+        codes: dict[tuple[int, str, int], list[np.ndarray]] = {}
+        for piece in _sample_pieces(sampled, whole_model=scope == "model"):
+            loaded = stream.load(piece)
+            every = np.arange(loaded.size)
+            for number, survey in enumerate(asking):
+                found = gathered_codes(survey.question(piece.tensor), loaded, every)
+                for i, row in enumerate(found):
+                    key = (number, survey.group(piece.tensor), i)
+                    codes.setdefault(key, []).append(row)
+        for (number, group, i), blocks in codes.items():
+            survey = asking[number]
+            search = survey.searches[group][i]
+            if sum(map(len, blocks)) == search.size:
+                search.propose(*answer_from_all(blocks, search.rank))
+            else:
+                search.propose(*propose_from_sample(blocks, survey.method.trim_fraction))
+
+
+def _sample_pieces(tensors: Sequence[Tensor], *, whole_model: bool) -> Iterator[Piece]:
+    """Blocks of elements spread evenly over the model, or over each tensor; all of what is small."""
+    total = sum(tensor.size for tensor in tensors)
+    model_stride = total * SAMPLE_BLOCK // SAMPLE_ELEMENTS
+    position = 0  # of the next block, in elements from the tensor's start
+    for tensor in tensors:
+        stride = model_stride if whole_model else min(model_stride, tensor.size // 16)
+        if stride <= SAMPLE_BLOCK:
+            yield from pieces_of(tensor, SAMPLE_BLOCK)
+            continue
+        position = position if whole_model else 0
+        while position < tensor.size:
+            yield piece_at(tensor, position, SAMPLE_BLOCK)
+            position += stride
+        position -= tensor.size
+
+
+# ---- L1 norms -------------------------------------------------------------------------------------------------------
+
+
+def _survey_l1(
+    surveys: Sequence[MethodSurvey],
+    stream: Stream,
+    tensors: Sequence[Tensor],
+    mine: Sequence[Tensor],
+    combine: Combine,
+) -> None:
+    """L1 norms of every task vector before and after the drop, as exact sums, hence their ratios."""
+    experts = len(stream.experts)
+    number_of = {tensor.path: i for i, tensor in enumerate(tensors)}
+    sums: dict[str, list[list[list[int]]]] = {}
+
+    def work(loaded: LoadedPiece) -> tuple[str, list[list[list[int]]]]:
+        every = np.arange(loaded.size)
+        before = gathered_codes(Question(_PLAIN, Facts(), None), loaded, every)
+        return loaded.tensor.path, [
+            [[exact_sum(before[i]), exact_sum(after[i])] for i in range(experts)]
+            for after in (
+                gathered_codes(Question(s.method, Facts(), None), loaded, every) for s in surveys
+            )
+        ]
+
+    for path, found in stream.run(mine, work):
+        total = sums.setdefault(path, [[[0, 0] for _ in range(experts)] for _ in surveys])
+        for of_method, more in zip(total, found, strict=True):
+            for pair, add in zip(of_method, more, strict=True):
+                pair[0] += add[0]
+                pair[1] += add[1]
+    ratios = np.zeros((len(surveys), len(tensors), experts), np.float32)
+    for path, of_methods in sums.items():
+        for m, pairs in enumerate(of_methods):
+            ratios[m, number_of[path]] = l1_ratios(pairs)
+    ratios = combine(ratios.view(np.uint32).astype(np.int64)).astype(np.uint32).view(np.float32)
+    for survey, table in zip(surveys, ratios, strict=True):
+        survey.l1 = {tensor.path: row for tensor, row in zip(tensors, table, strict=True)}
+
+
+_PLAIN = TaskArithmetic()  # asks for plain task vectors
+
+
+def l1_ratios(pairs: Sequence[Sequence[int]]) -> np.ndarray:
+    """float32 [N]: exact norm before over exact norm after, rounded once; 0 where nothing is left."""
+    ratios = [float(Fraction(before, after)) if after else 0.0 for before, after in pairs]
+    return np.array(ratios, np.float32)
+
+
+def exact_sum(codes: np.ndarray) -> int:
+    """The sum of the magnitudes with these codes, in units of 2^-149: exact, so that its order does not matter."""
+    present = codes[codes != 0].astype(np.int64) + ((1 << 23) - 1)  # bits of the float32
+    exponent = present >> 23
+    mantissa = (present & ((1 << 23) - 1)) | (1 << 23)
+    # Below 2^29 elements a float64 bin holds the sum of its 24-bit mantissas exactly.
+    by_exponent = np.bincount(exponent, weights=mantissa.astype(np.float64))
+    return sum(int(m) << (e - 1) for e, m in enumerate(by_exponent) if m)
