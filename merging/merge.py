@@ -44,7 +44,8 @@ class Report:
     Attributes:
       outputs: folder by name of the merge.
       seconds: of the stage.
-      bytes_read, bytes_written: by this host.
+      bytes_read, bytes_written: by this host, in passes over the inputs.
+      bytes_sampled: read before the first pass, to propose brackets.
       storage_seconds: what the same reads and writes took by themselves, spread over the workers.
       peak_resident_bytes: highest RssAnon + RssShmem seen.
       reads: how often all inputs were read.
@@ -55,6 +56,7 @@ class Report:
     seconds: float
     bytes_read: int
     bytes_written: int
+    bytes_sampled: int
     storage_seconds: float
     peak_resident_bytes: int
     reads: int
@@ -70,7 +72,8 @@ class Report:
             [
                 f"written    {where}",
                 f"time       {self.seconds:.2f} s, {self.reads} reads of the inputs",
-                f"bytes      {size_text(self.bytes_read)} read, {size_text(self.bytes_written)} written,"
+                f"bytes      {size_text(self.bytes_read)} read (and {size_text(self.bytes_sampled)} sampled),"
+                f" {size_text(self.bytes_written)} written,"
                 f" {size_text(int((self.bytes_read + self.bytes_written) / max(self.seconds, 1e-9)))}/s",
                 f"bound      storage alone took {self.storage_seconds:.2f} s, {share:.0%} of the time",
                 f"memory     {size_text(self.peak_resident_bytes)} resident at most",
@@ -428,6 +431,7 @@ class _Run:
             seconds=time.perf_counter() - self.started,
             bytes_read=self.stream.bytes_read,
             bytes_written=self.written,
+            bytes_sampled=self.stream.bytes_sampled,
             storage_seconds=self.stream.read_seconds / self.plan.workers + self.write_seconds,
             peak_resident_bytes=self.peak.nbytes,
             reads=self.reads,

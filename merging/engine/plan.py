@@ -123,6 +123,11 @@ def plan(
         raise ValueError("no experts: EXPERTS is empty; name at least one fine-tuned checkpoint")
     for each in merges.values():
         each.check(len(experts))
+        if each.kind == "whole":
+            raise ValueError(
+                f"{type(each).__name__} needs whole tensors, which the stream does not hand out yet:"
+                " use merging.merge_params on parameters in memory"
+            )
     if output_dtype is not None and output_dtype not in OUTPUT_DTYPES:
         raise ValueError(
             f"output_dtype is {output_dtype!r}: choose one of {', '.join(OUTPUT_DTYPES)}"

@@ -304,7 +304,7 @@ def count_step(
 ) -> list[Array]:
     """How many elements of a leaf are at least each threshold, and the votes: exact 64-bit counts, on the devices.
 
-    Must be called with 64-bit types enabled (`jax.enable_x64`): rows are counted in 32 bits, rows summed in 64.
+    Must be called with 64-bit types enabled (`jax.enable_x64`): parts are counted in 32 bits and summed in 64.
 
     Args:
       question: its `facts.thresholds`, where there are any, are the exact ones, under which the votes are counted.
@@ -328,23 +328,34 @@ def count_step(
     return _count_all([*flags, vote > 0, vote < 0], geometry)
 
 
+_COUNTABLE = 2**32  # counts below this fit in 32 bits
+
+
 def _count_all(flags: Sequence[Bool[Array, "*shape"]], geometry: Geometry) -> list[Array]:
-    """Counts many flags in one pass over the inputs: a variadic reduction along one axis, then 64-bit sums."""
+    """Counts many flags in one pass over the inputs: a variadic reduction in 32 bits, then 64-bit sums.
+
+    The reduction takes as many of the last axes as 32 bits can count at once, so that a mesh axis that cuts any of them
+    leaves few partial counts to be added up: reducing the last axis alone would send one count a row over the mesh.
+    """
     free = [axis for axis in range(len(geometry.shape)) if axis != geometry.stacked]
     if not free:
         return [flag.astype(jnp.uint64) for flag in flags]
-    axis = free[-1]
-    # A row of 2^32 or more elements would overflow 32 bits.
-    dtype = jnp.uint64 if geometry.shape[axis] >= 2**32 else jnp.uint32
-    rows = jax.lax.reduce(
+    together, size = [free[-1]], geometry.shape[free[-1]]
+    for axis in reversed(free[:-1]):
+        if size * geometry.shape[axis] >= _COUNTABLE:
+            break
+        together.append(axis)
+        size *= geometry.shape[axis]
+    dtype = jnp.uint64 if size >= _COUNTABLE else jnp.uint32  # a single axis may be so long
+    parts = jax.lax.reduce(
         tuple(flag.astype(dtype) for flag in flags),
         tuple(jnp.zeros((), dtype) for _ in flags),
         lambda a, b: tuple(x + y for x, y in zip(a, b, strict=True)),
-        (axis,),
+        tuple(together),
     )
-    left = [a for a in range(len(geometry.shape)) if a != axis]
-    over = tuple(i for i, a in enumerate(left) if a != geometry.stacked)
-    return [jnp.sum(row.astype(jnp.uint64), axis=over) for row in rows]
+    left = [axis for axis in range(len(geometry.shape)) if axis not in together]
+    over = tuple(i for i, axis in enumerate(left) if axis != geometry.stacked)
+    return [jnp.sum(part.astype(jnp.uint64), axis=over) for part in parts]
 
 
 @functools.partial(jax.jit, static_argnames=("geometry",))

@@ -86,7 +86,8 @@ class Stream:
         self.base, self.experts = base, tuple(experts)
         self._expert_specs = [expert.specs() for expert in experts]
         self.seed, self.limit, self.workers = seed, limit, workers
-        self.bytes_read = 0
+        self.bytes_read = 0  # by passes over the inputs
+        self.bytes_sampled = 0  # beside them, before the first
         self.read_seconds = 0.0  # of all workers together
         self.after_piece: Callable[[], None] = lambda: None
         self._lock = threading.Lock()
@@ -111,7 +112,7 @@ class Stream:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def load(self, piece: Piece) -> LoadedPiece:
+    def load(self, piece: Piece, *, is_sample: bool = False) -> LoadedPiece:
         """Reads a piece of every input into this thread's buffers."""
         padded = padded_size(piece.size)
         name = piece.tensor.leaf.name
@@ -126,8 +127,12 @@ class Stream:
             buffer[piece.size :] = 0
             # XLA without 64-bit types takes float64 as float32 anyway; here the rounding is numpy's and explicit.
             arrays.append(buffer.astype(np.float32) if dtype == np.float64 else buffer)
+        nbytes = sum(piece.size * dtype.itemsize for dtype in dtypes)
         with self._lock:
-            self.bytes_read += sum(piece.size * dtype.itemsize for dtype in dtypes)
+            if is_sample:
+                self.bytes_sampled += nbytes
+            else:
+                self.bytes_read += nbytes
             self.read_seconds += time.perf_counter() - begun
         return LoadedPiece(
             piece=piece,

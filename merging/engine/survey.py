@@ -402,7 +402,7 @@ def _propose(
             continue
         codes: dict[tuple[int, str, int], list[np.ndarray]] = {}
         for piece in _sample_pieces(sampled, whole_model=scope == "model"):
-            loaded = stream.load(piece)
+            loaded = stream.load(piece, is_sample=True)
             every = np.arange(loaded.size)
             for number, survey in enumerate(asking):
                 found = gathered_codes(survey.question(piece.tensor), loaded, every)

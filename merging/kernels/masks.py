@@ -8,7 +8,7 @@ The seed, the expert and the path enter through two 32-bit key words taken from 
 them by three rounds of xor-shift and multiply (the constants are Chris Wellons' `triple32`,
 https://github.com/skeeto/hash-prospector), the second key word entering after the first round, so that two keys give
 unrelated sequences and not the same one in another order. Under one key the 2^32 draws of a tensor are all different:
-the kept share of a whole tensor is therefore never further from the density than independent draws would be.
+the kept share of a whole tensor therefore varies a little less than that of independent draws would.
 
 Left out: cryptographic strength.
 """

@@ -1,0 +1,1 @@
+"""Configurations, as data: no code lives here. `--gin_search_paths` finds this folder by default."""

@@ -1,0 +1,216 @@
+"""Start-up of devices and processes, in one file: call `start` before any jax array exists.
+
+It chooses the platform, gives the CPU as many virtual devices as are asked for, and joins the processes of one job.
+jax is imported inside functions, so that `--help` needs none of it.
+
+What is asked for comes from the flags, else from the environment: MERGING_COORDINATOR (host:port of process 0),
+MERGING_PROCESS_COUNT, MERGING_PROCESS_INDEX; XLA_FLAGS and JAX_PLATFORMS are left as they are found.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from absl import flags
+
+# Process 0 may start minutes after the others on a cluster; beyond this somebody is not coming.
+INITIALIZATION_TIMEOUT_S = 300
+
+# XLA's CPU threads per virtual device. Each collective in flight parks a thread per device; with fewer than 2 per
+# device (jax 0.10.2) about 32 undrained steps deadlock.
+THREADS_PER_DEVICE = 2
+
+COORDINATOR_ADDRESS = flags.DEFINE_string(
+    "coordinator_address",
+    None,
+    "host:port of process 0; default MERGING_COORDINATOR, else one process.",
+)
+PROCESS_COUNT = flags.DEFINE_integer(
+    "process_count", None, "Processes of this job; default MERGING_PROCESS_COUNT.", lower_bound=1
+)
+PROCESS_INDEX = flags.DEFINE_integer(
+    "process_index",
+    None,
+    "Number of this process, from 0; default MERGING_PROCESS_INDEX.",
+    lower_bound=0,
+)
+INITIALIZATION_TIMEOUT = flags.DEFINE_integer(
+    "initialization_timeout",
+    INITIALIZATION_TIMEOUT_S,
+    "Seconds to wait for the other processes.",
+    lower_bound=1,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Processes:
+    """Who takes part in a job. One process needs no coordinator."""
+
+    coordinator: str | None = None
+    count: int = 1
+    index: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count:
+            raise ValueError(
+                f"process {self.index} of {self.count}: the index runs from 0 to count - 1"
+            )
+        if self.count > 1 and not re.fullmatch(r".+:\d+", self.coordinator or ""):
+            raise ValueError(
+                f"{self.count} processes need a coordinator host:port, and it is {self.coordinator!r}:"
+                " give --coordinator_address or MERGING_COORDINATOR"
+            )
+
+
+def start_from_flags() -> Processes:
+    """`start`, as the flags or the environment say."""
+    joined = processes(
+        os.environ,
+        coordinator=COORDINATOR_ADDRESS.value,
+        count=PROCESS_COUNT.value,
+        index=PROCESS_INDEX.value,
+    )
+    start(joined, timeout_s=INITIALIZATION_TIMEOUT.value)
+    return joined
+
+
+def start(joined: Processes | None = None, *, timeout_s: int = INITIALIZATION_TIMEOUT_S) -> None:
+    """Chooses platform and threads, then joins the other processes.
+
+    A process that waits longer than `timeout_s` is ended by jax (SIGABRT), since its C++ client can't be caught.
+    """
+    joined = joined or Processes()
+    os.environ.update(platform_environment(os.environ))
+    import jax
+
+    if "JAX_PLATFORMS" in os.environ:  # read by jax when it was imported, perhaps before this
+        jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
+    if joined.count == 1:
+        return
+    print(
+        f"Process {joined.index} of {joined.count}: waiting at most {timeout_s} s for the others"
+        f" at {joined.coordinator}.",
+        file=sys.stderr,
+        flush=True,
+    )
+    is_local = (joined.coordinator or "").rpartition(":")[0] in ("127.0.0.1", "localhost")
+    jax.distributed.initialize(
+        joined.coordinator,
+        joined.count,
+        joined.index,
+        initialization_timeout=timeout_s,
+        coordinator_bind_address=joined.coordinator
+        if is_local
+        else None,  # default: every interface
+    )
+    sys.excepthook = lambda *error: _fail(joined, *error)
+
+
+def end(code: int, joined: Processes) -> NoReturn:
+    """Ends this process. One that has failed does not wait for the others, which an ordinary exit does (jax 0.10.2)."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code and joined.count > 1:
+        os._exit(code)
+    sys.exit(code)
+
+
+def _fail(joined: Processes, *error: Any) -> NoReturn:
+    sys.__excepthook__(*error)
+    print(f"Process {joined.index} of {joined.count} failed.", file=sys.stderr)
+    end(1, joined)
+
+
+def processes(
+    environment: Mapping[str, str],
+    *,
+    coordinator: str | None = None,
+    count: int | None = None,
+    index: int | None = None,
+) -> Processes:
+    """The given values, else those of the environment; all three or none."""
+    said = {
+        "coordinator": coordinator or environment.get("MERGING_COORDINATOR"),
+        "count": _integer(environment, "MERGING_PROCESS_COUNT") if count is None else count,
+        "index": _integer(environment, "MERGING_PROCESS_INDEX") if index is None else index,
+    }
+    missing = [name for name, value in said.items() if value is None]
+    if len(missing) == len(said):
+        return Processes()
+    if missing:
+        raise ValueError(
+            f"Of coordinator, count and index of the processes, {' and '.join(missing)} is not set:"
+            " give --coordinator_address, --process_count and --process_index, or MERGING_COORDINATOR,"
+            " MERGING_PROCESS_COUNT and MERGING_PROCESS_INDEX, or none of them"
+        )
+    return Processes(**said)
+
+
+def platform_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """What to add to an environment so that jax starts quickly, on what is there, and without deadlocks."""
+    added = {}
+    added["TF_CPP_MIN_LOG_LEVEL"] = environment.get("TF_CPP_MIN_LOG_LEVEL", "2")  # errors only
+    platforms = environment.get("JAX_PLATFORMS")
+    if not platforms and _has_module("libtpu") and not _has_tpu():
+        # Else jax asks the cloud's metadata server for a TPU, and gives up only after its timeouts.
+        platforms = "cuda,cpu" if _has_gpu() else "cpu"
+        added["JAX_PLATFORMS"] = platforms
+    if platforms and "tpu" not in platforms:
+        added["TPU_SKIP_MDS_QUERY"] = environment.get("TPU_SKIP_MDS_QUERY", "1")
+    devices = virtual_devices(environment)
+    if devices > 1:
+        threads = max(
+            int(environment.get("NPROC") or os.cpu_count() or 1), THREADS_PER_DEVICE * devices
+        )
+        added["NPROC"] = str(threads)
+    return added
+
+
+def cpu_environment(environment: Mapping[str, str], *, devices: int) -> dict[str, str]:
+    """What to add to an environment for so many virtual CPU devices in one process."""
+    others = [
+        f for f in environment.get("XLA_FLAGS", "").split() if not f.startswith(_DEVICE_COUNT)
+    ]
+    added = {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": " ".join([*others, f"{_DEVICE_COUNT}={devices}"]),
+    }
+    return added | platform_environment({**environment, **added})
+
+
+def virtual_devices(environment: Mapping[str, str]) -> int:
+    """The number of CPU devices that XLA_FLAGS asks for; 1 where it asks for none."""
+    counts = re.findall(rf"{_DEVICE_COUNT}=(\d+)", environment.get("XLA_FLAGS", ""))
+    return int(counts[-1]) if counts else 1
+
+
+_DEVICE_COUNT = "--xla_force_host_platform_device_count"
+
+
+def _integer(environment: Mapping[str, str], name: str) -> int | None:
+    value = environment.get(name)
+    if value is None:
+        return None
+    if not value.isdigit():
+        raise ValueError(f"{name} is {value!r}: give a whole number")
+    return int(value)
+
+
+def _has_module(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def _has_tpu() -> bool:
+    return bool(glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*"))
+
+
+def _has_gpu() -> bool:
+    has_plugin = any(_has_module(f"jax_cuda{version}_plugin") for version in (12, 13))
+    return has_plugin and bool(glob.glob("/dev/nvidia[0-9]*"))

@@ -1,0 +1,118 @@
+r"""Merges a base and its fine-tuned experts in weight space, from disk to disk.
+
+In short:
+  python -m launch.merge --base=/data/base --experts=/data/a,/data/b --method=ties --output=/data/merged
+
+The same by gin, where everything can be set (gin_configs/runs/merge.gin lists the macros):
+  python -m launch.merge --gin_file=gin_configs/runs/merge.gin --gin_file=gin_configs/methods/ties.gin \
+    --gin.BASE='"/data/base"' --gin.EXPERTS='["/data/a", "/data/b"]' --gin.OUTPUT_DIR='"/data/merged"' \
+    --gin.Ties.density=0.1
+
+Many merges from one read, each into its own folder below the output:
+  python -m launch.merge --base=/data/base --experts=/data/a,/data/b --output=/data/merged \
+    --gin.METHODS='{"ties": @Ties(), "sparse": @sparse/Ties(), "sum": @TaskArithmetic()}' \
+    --gin.sparse/Ties.density=0.05
+
+The same command again returns at once where the output is done, and --dry_run checks the inputs and prints the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from absl import flags
+
+from launch import command, devices, gin_config, progress
+
+if TYPE_CHECKING:  # the library brings jax, which --help does without
+    from merging.merge import Report
+
+RUN_FILE = "gin_configs/runs/merge.gin"
+
+flags.adopt_module_key_flags(gin_config)
+flags.adopt_module_key_flags(devices)
+
+BASE = flags.DEFINE_string("base", None, "Folder of the base's checkpoint; short for --gin.BASE.")
+EXPERTS = flags.DEFINE_list(
+    "experts",
+    None,
+    "Folders of the experts' checkpoints, with commas between; short for --gin.EXPERTS.",
+)
+METHOD = flags.DEFINE_string(
+    "method",
+    None,
+    "A file of gin_configs/methods without .gin: averaging, task_arithmetic, ties, dare, dare_ties.",
+)
+OUTPUT = flags.DEFINE_string("output", None, "Folder to be made; short for --gin.OUTPUT_DIR.")
+
+
+def main(joined: devices.Processes) -> None:
+    """Merges as the flags say."""
+    files, bindings = shorthand(
+        base=BASE.value,
+        experts=EXPERTS.value,
+        method=METHOD.value,
+        output=OUTPUT.value,
+        files=gin_config.GIN_FILE.value,
+    )
+    bindings += gin_config.GIN_BINDINGS.value
+    resolved = configured(files, bindings, search_paths=gin_config.GIN_SEARCH_PATHS.value)
+    merge(resolved, is_dry_run=gin_config.DRY_RUN.value, is_shown=joined.index == 0)
+
+
+def shorthand(
+    *,
+    base: str | None,
+    experts: Sequence[str] | None,
+    method: str | None,
+    output: str | None,
+    files: Sequence[str],
+) -> tuple[list[str], list[str]]:
+    """The gin files and bindings that the short flags stand for, around the files that were given."""
+    macros = {"BASE": base, "EXPERTS": experts, "OUTPUT_DIR": output}
+    bindings = [f"{name} = {value!r}" for name, value in macros.items() if value is not None]
+    all_files = list(files)
+    if (bindings or method or not files) and RUN_FILE not in files:
+        all_files.insert(0, RUN_FILE)
+    if method is not None:
+        all_files.append(f"gin_configs/methods/{method}.gin")
+    return all_files, bindings
+
+
+def configured(
+    files: Sequence[str], bindings: Sequence[str], *, search_paths: Sequence[str] = (".",)
+) -> gin_config.Resolved:
+    """What gin files and bindings say about a merge."""
+    from merging.merge import merge as stage
+
+    gin_config.register(stage, given=("config_text", "progress", "log"))
+    gin_config.register_methods()
+    gin_config.parse(files, bindings, search_paths=search_paths, either={"METHOD": "METHODS"})
+    return gin_config.resolve(stage)
+
+
+def merge(
+    resolved: gin_config.Resolved, *, is_dry_run: bool = False, is_shown: bool = True
+) -> Report | None:
+    """Prints configuration and plan, merges, and prints the report, which it returns; None after a dry run."""
+    from merging import merge as stage
+
+    planned = stage.plan(**resolved.arguments)
+    for reader in (planned.base, *planned.experts):
+        reader.close()
+    if is_shown:
+        print(f"{resolved.text}\n{planned.describe()}\n", flush=True)
+    if is_dry_run:
+        return None
+    with progress.Progress(is_shown=is_shown) as shown:
+        report = stage.merge(
+            **resolved.arguments, config_text=resolved.text, progress=shown, log=shown.log
+        )
+    if is_shown:
+        print(report.describe(), flush=True)
+    return report
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,1 @@
+"""Bringing a command to many processes: here all on one machine (`local`)."""

@@ -1,0 +1,89 @@
+"""How far a stage is: a bar with bytes per second on a terminal, a plain line every few seconds in a log.
+
+A stage calls `progress(phase, done_bytes, total_bytes)` as often as it likes, and knows nothing of who shows it.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, TextIO
+
+# Between two lines of a log. Shorter fills the log of an hour's run, longer leaves a short run without a sign.
+LINE_PERIOD_S = 5.0
+
+
+class Progress:
+    """A progress callback. Use as a context manager: leaving it ends the bar or prints the last line."""
+
+    def __init__(
+        self,
+        stream: TextIO | None = None,
+        *,
+        is_shown: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        """Shows on `stream` (default stderr); nothing where `is_shown` is False, as in all processes but the first."""
+        self._stream = stream or sys.stderr
+        self._is_shown = is_shown
+        self._clock = clock
+        self._phase: str | None = None
+        self._bar: Any = None
+        self._started = self._told = 0.0
+        self._done = self._total = 0
+
+    def __call__(self, phase: str, done_bytes: int, total_bytes: int) -> None:
+        if not self._is_shown:
+            return
+        if phase != self._phase:
+            self._end_phase()
+            self._begin_phase(phase, total_bytes)
+        self._done, self._total = done_bytes, total_bytes
+        if self._bar is not None:
+            self._bar.update(done_bytes - self._bar.n)
+        elif self._clock() - self._told >= LINE_PERIOD_S:
+            self._print_line()
+
+    def log(self, text: str) -> None:
+        """A line of words, above the bar where there is one."""
+        if not self._is_shown:
+            return
+        if self._bar is not None:
+            self._bar.write(text, file=self._stream)
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._end_phase()
+
+    def _begin_phase(self, phase: str, total_bytes: int) -> None:
+        self._phase = phase
+        self._started = self._told = self._clock()
+        if self._stream.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=total_bytes, desc=phase, unit="B", unit_scale=True, file=self._stream
+            )
+
+    def _end_phase(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        elif self._phase is not None:
+            self._print_line()
+        self._phase = None
+
+    def _print_line(self) -> None:
+        from merging.engine.plan import size_text  # here, since it brings jax
+
+        self._told = self._clock()
+        seconds = self._told - self._started
+        rate = f", {size_text(self._done / seconds)}/s" if seconds > 0 else ""
+        share = f" ({self._done / self._total:.0%})" if self._total else ""
+        done = f"{size_text(self._done)} of {size_text(self._total)}{share}"
+        print(f"{self._phase}: {done} in {seconds:.1f} s{rate}", file=self._stream, flush=True)

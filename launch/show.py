@@ -1,0 +1,180 @@
+r"""Shows what is in a checkpoint, how it was made, and how two checkpoints differ.
+
+  python -m launch.show /data/merged
+  python -m launch.show /data/merged --norms --leaves='*mlp*'
+  python -m launch.show /data/base /data/merged
+
+Leaves with shape, dtype and bytes, from headers alone; with --norms L2 norms, largest magnitudes and how many elements are
+NaN or infinite, which reads everything once. Two checkpoints are compared leaf by leaf, second minus first, and leaves
+that are equal in every element are only counted.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from absl import app, flags, logging
+
+if TYPE_CHECKING:  # the library brings jax, which --help does without
+    from merging.checkpoints.format import LeafSpec, Reader
+    from merging.checkpoints.inspect import Difference
+
+NORMS = flags.DEFINE_bool("norms", False, "Norms and numbers of non-finite elements of each leaf.")
+LEAVES = flags.DEFINE_string(
+    "leaves",
+    "*",
+    "Only leaves whose name, as stored or with / for each dot, is like this: '*mlp*'.",
+)
+STACKED = flags.DEFINE_list(
+    "stacked", [], "Where `scan` stacked layers: PATTERN=AXIS, as in 'decoder/layers/*=1'."
+)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Shows one checkpoint, or two and their difference."""
+    if len(argv) not in (2, 3):
+        raise app.UsageError(f"name one checkpoint or two; found {len(argv) - 1}")
+    try:
+        for line in shown(
+            argv[1:], leaves=LEAVES.value, stacked=STACKED.value, has_norms=NORMS.value
+        ):
+            print(line, flush=True)
+    except (ValueError, OSError) as error:
+        if logging.get_verbosity() >= logging.DEBUG:
+            traceback.print_exc()
+        sys.exit(f"Error: {error}")
+
+
+def shown(
+    paths: Sequence[str], *, leaves: str = "*", stacked: Sequence[str] = (), has_norms: bool = False
+) -> Iterator[str]:
+    """The lines to print, as they become known; arguments as the flags."""
+    from merging.checkpoints import inspect, open_checkpoint
+    from merging.engine.compatible import with_stacked
+    from merging.paths import Stacked
+
+    if has_norms and len(paths) > 1:
+        raise ValueError("--norms is of one checkpoint: a difference has norms of its own")
+    patterns = Stacked(dict(_pattern(item) for item in stacked))
+    readers, specs = [], []
+    with contextlib.ExitStack() as opened:
+        for path in paths:
+            how = _manifest(path)
+            readers.append(opened.enter_context(contextlib.closing(open_checkpoint(path))))
+            every = with_stacked(readers[-1].specs(), patterns)
+            specs.append(inspect.matching(every, leaves, where=path))
+            yield path
+            if len(paths) == 1:
+                yield from _leaves(readers[0], specs[0], has_norms=has_norms)
+            yield _total(specs[-1])
+            yield from _made(how)
+        if len(paths) == 2:
+            yield from _difference(*readers, *specs)
+
+
+def _leaves(reader: Reader, specs: Mapping[str, LeafSpec], *, has_norms: bool) -> Iterator[str]:
+    from merging.checkpoints import inspect
+
+    if not has_norms:
+        yield from map(_leaf, specs.values())
+        return
+    row = "{:>12} {:>12} {:>10} ".format
+    yield row("norm", "largest", "not finite")
+    found = []
+    for each in inspect.contents(reader, specs):
+        found.append(each)
+        numbers = row(f"{each.norm:.6g}", f"{each.largest:.6g}", f"{each.not_finite:,}")
+        yield numbers + _leaf(specs[each.name])
+    total = inspect.total_contents(found)
+    yield row(f"{total.norm:.6g}", f"{total.largest:.6g}", f"{total.not_finite:,}") + "  all leaves"
+
+
+def _difference(
+    first: Reader, second: Reader, one: Mapping[str, LeafSpec], two: Mapping[str, LeafSpec]
+) -> Iterator[str]:
+    from merging.checkpoints import inspect
+
+    found = inspect.structure(one, two)
+    yield from (f"only in the first   {_leaf(spec)}" for spec in found.only_first)
+    yield from (f"only in the second  {_leaf(spec)}" for spec in found.only_second)
+    for a, b in [*found.reshaped, *found.retyped]:
+        yield f"first {a.dtype} {_shape(a)}, second {b.dtype} {_shape(b)}: {a.name}"
+    row = "{:>16} {:>8} {:>12} {:>12} {:>10}   {}".format
+    yield row("different", "share", "largest", "norm", "not finite", "second - first")
+    leaves = []
+    for each in inspect.differences(first, second, found.comparable):
+        leaves.append(each)
+        if each.different:
+            yield row(*_numbers(each), each.name)
+    yield row(*_numbers(inspect.total_difference(leaves)), "all leaves")
+    yield f"{sum(not each.different for each in leaves)} of {len(leaves)} leaves compared are equal"
+
+
+def _numbers(each: Difference) -> list[str]:
+    numbers = [f"{each.different:,}", f"{each.share:.2%}", f"{each.largest:.6g}"]
+    return [*numbers, f"{each.norm:.6g}", f"{each.not_finite:,}"]
+
+
+def _leaf(spec: LeafSpec) -> str:
+    return f"{spec.nbytes:>16,}  {spec.dtype.name:8} {_shape(spec):24} {spec.name}"
+
+
+def _shape(spec: LeafSpec) -> str:
+    return (
+        "["
+        + ", ".join(
+            f"{n} layers" if i == spec.stacked else str(n) for i, n in enumerate(spec.shape)
+        )
+        + "]"
+    )
+
+
+def _total(specs: Mapping[str, LeafSpec]) -> str:
+    dtypes = collections.Counter(spec.dtype.name for spec in specs.values())
+    parameters = sum(spec.size for spec in specs.values() if spec.is_merged)
+    others = sum(spec.size for spec in specs.values() if not spec.is_merged)
+    nbytes = sum(spec.nbytes for spec in specs.values())
+    return (
+        f"{nbytes:>16,}  bytes in {len(specs)} leaves"
+        f" ({', '.join(f'{count} {dtype}' for dtype, count in dtypes.items())}):"
+        f" {parameters:,} parameters" + (f", {others:,} other elements" if others else "")
+    )
+
+
+def _manifest(path: str) -> dict[str, Any]:
+    """How a folder of ours was made; {} for any other checkpoint."""
+    from merging import manifest
+
+    how = manifest.read(path) or {}
+    if "merges" in how:  # a folder of folders
+        merges = ", ".join(f"{path}/{name}" for name in how["merges"])
+        raise ValueError(f"{path} holds {len(how['merges'])} merges: name one of {merges}")
+    return how
+
+
+def _made(how: Mapping[str, Any]) -> Iterator[str]:
+    if how:
+        code = how.get("environment", {}).get("code", "unknown")
+        yield f"made by {how.get('stage')} in {how.get('seconds')} s, {how.get('made')}, code {code[:12]}"
+        yield f"method  {how.get('method')}, seed {how.get('identity', {}).get('seed')}"
+    for name, given in how.get("inputs", {}).items():
+        for each in given if isinstance(given, list) else [given]:
+            yield f"{name.removesuffix('s'):7} {each['path']} ({each['digest'][:12]})"
+
+
+def _pattern(item: str) -> tuple[str, int]:
+    pattern, _, axis = item.rpartition("=")
+    if not pattern or not axis.isdigit():
+        raise ValueError(f"--stacked={item}: give PATTERN=AXIS, as in 'decoder/layers/*=1'")
+    return pattern, int(axis)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
+    app.run(main)

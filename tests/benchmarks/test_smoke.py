@@ -1,0 +1,35 @@
+"""The benchmarks run: at a small size, where their numbers say nothing and are not looked at."""
+
+from __future__ import annotations
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+REPOSITORY = pathlib.Path(__file__).parents[2]
+
+
+def run(folder: pathlib.Path, *flags: str) -> str:
+    """What the benchmark of merges prints for models of some 200,000 parameters."""
+    small = ("--parameters=2e5", "--runs=1", "--no_mergekit", f"--work_dir={folder}")
+    command = [sys.executable, "-m", "tests.benchmarks.merge", *small, *flags]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not (folder / "output").exists()
+    return done.stdout
+
+
+def test_speed(tmp_path: pathlib.Path):
+    printed = run(tmp_path, "--methods=ties")
+    assert "| method | mergekit s | here s |" in printed
+    assert "\n| ties | - | " in printed
+
+
+@pytest.mark.slow
+def test_many_and_memory(tmp_path: pathlib.Path):
+    flags = ("--methods=averaging", "--experts=2", "--repetitions=2", "--larger_experts=1")
+    printed = run(tmp_path, "--many", "--memory", *flags)
+    assert printed.count("| yes |") == 10  # the same bits at once and alone
+    assert "\n| 1 M x 1 | averaging | " in printed

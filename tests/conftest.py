@@ -1,0 +1,81 @@
+"""How all tests run: 8 virtual CPU devices, strict dtype promotion, checked annotations, no network, flags parsed.
+
+Set before jax is imported, since it reads its environment once.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import pathlib
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+from launch import devices
+
+os.environ.update(devices.cpu_environment(os.environ, devices=8))
+
+import jax  # noqa: E402
+import jaxtyping  # noqa: E402
+import pytest  # noqa: E402
+from absl import flags  # noqa: E402
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# Shapes and types of arguments and results of the whole library are checked as it is called.
+# jaxtyping.install_import_hook("merging", "beartype.beartype")
+
+REPOSITORY = pathlib.Path(__file__).parent.parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Flags are parsed as an entry point would parse an empty command line."""
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["pytest"])
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_network() -> Iterator[None]:
+    """A connection to anything but this machine is an error."""
+    connect = socket.socket.connect
+
+    def connect_locally(self: socket.socket, address: Any) -> None:
+        if self.family != socket.AF_UNIX and not _is_loopback(address[0]):
+            raise RuntimeError(f"a test tried to connect to {address}: tests use no network")
+        connect(self, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", connect_locally)
+        yield
+
+
+@pytest.fixture(scope="session")
+def real_data() -> pathlib.Path:
+    """The folder of real inputs."""
+    named = os.environ.get("MERGING_REAL_DATA", str(REPOSITORY / "../shared/real"))
+    if not named or not pathlib.Path(named).is_dir():
+        pytest.skip(f"no real data: MERGING_REAL_DATA, {named!r}, is no folder")
+    return pathlib.Path(named).resolve()
+
+
+@pytest.fixture(scope="session")
+def real_checkpoints() -> pathlib.Path:
+    """The folder of real checkpoints, one Hugging Face folder each."""
+    cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    named = os.environ.get("MERGING_REAL_CHECKPOINTS", f"{cache}/merging-at-scale/real")
+    if not pathlib.Path(named).is_dir():
+        pytest.skip(
+            f"no real checkpoints: MERGING_REAL_CHECKPOINTS, {named!r}, is no folder;"
+            " ./tests/run.sh makes them where MERGING_REAL_DATA has make_checkpoints.py"
+        )
+    return pathlib.Path(named)
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name: resolving it would already be network
+        return False
