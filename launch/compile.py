@@ -1,11 +1,11 @@
-r"""Compiles programs for a TPU that need not be there, with its real compiler on this CPU, and prints what they ask of it.
+r"""Compiles programs for a TPU that need not be there, with its real compiler, and prints what they ask of a chip.
 
 The merge of each method and its survey passes, for one bfloat16 leaf that is sharded over all chips, without any data:
   python -m launch.compile --topology=v5e:16x16 --shape=66,8192,32768 --experts=8 --methods=ties,dare_ties \
     --json=compiled.json
 
-The leaf is compiled twice: stacked (axis 0 runs over layers) and as one tensor. All figures are of one device; what is
-counted, and how, is in merging/engine/compiled.py, and speed is not. A merge may touch 1.02 of the bytes that it can't
+The leaf is compiled twice: stacked (axis 0 runs over layers) and as one tensor. All figures are of one device. How they
+are counted stands in merging/engine/compiled.py; speed is not among them. A merge may touch 1.02 of the bytes that it can't
 avoid and communicates nothing, a survey pass 1.05 and communicates counts; beyond that this exits with code 1.
 
 Needs libtpu: pip install 'merging-at-scale[tpu]'.

@@ -4,9 +4,9 @@ r"""Shows what is in a checkpoint, how it was made, and how two checkpoints diff
   python -m launch.show /data/merged --norms --leaves='*mlp*'
   python -m launch.show /data/base /data/merged
 
-Leaves with shape, dtype and bytes, from headers alone; with --norms L2 norms, largest magnitudes and how many elements are
-NaN or infinite, which reads everything once. Two checkpoints are compared leaf by leaf, second minus first, and leaves
-that are equal in every element are only counted.
+Leaves with shape, dtype and bytes, from headers alone; with --norms L2 norms, largest magnitudes and how many elements
+are NaN or infinite, which reads everything once. Two checkpoints are compared leaf by leaf, second minus first, and
+leaves that are equal in every element are only counted.
 """
 
 from __future__ import annotations
@@ -126,13 +126,8 @@ def _leaf(spec: LeafSpec) -> str:
 
 
 def _shape(spec: LeafSpec) -> str:
-    return (
-        "["
-        + ", ".join(
-            f"{n} layers" if i == spec.stacked else str(n) for i, n in enumerate(spec.shape)
-        )
-        + "]"
-    )
+    sizes = [f"{n} layers" if i == spec.stacked else str(n) for i, n in enumerate(spec.shape)]
+    return f"[{', '.join(sizes)}]"
 
 
 def _total(specs: Mapping[str, LeafSpec]) -> str:

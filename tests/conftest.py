@@ -9,6 +9,8 @@ import ipaddress
 import os
 import pathlib
 import socket
+import sys
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +18,7 @@ from launch import devices
 
 os.environ.update(devices.cpu_environment(os.environ, devices=8))
 
+import beartype  # noqa: E402
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
@@ -23,8 +26,21 @@ from absl import flags  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-# Shapes and types of arguments and results of the whole library are checked as it is called.
-# jaxtyping.install_import_hook("merging", "beartype.beartype")
+# The parts whose annotations, shapes included, are checked as they are called. Not among them: methods and the engine's
+# records, whose numbers may be traced arrays, and what is tested with arguments of a wrong type.
+CHECKED = [
+    "merging.checkpoints",
+    "merging.manifest",
+    "merging.kernels.arithmetic",
+    "merging.kernels.election",
+    "merging.kernels.masks",
+]
+
+# The import hook wants the checker by name. An int is a float here, as PEP 484 has it.
+checker = types.ModuleType("checked_annotations")
+checker.checked = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
+sys.modules[checker.__name__] = checker
+jaxtyping.install_import_hook(CHECKED, f"{checker.__name__}.checked")
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 

@@ -1,7 +1,7 @@
 """What is in a checkpoint, and how two differ: norms, values that are not finite, differences, leaf by leaf.
 
-What it promises: float64 arithmetic in bounded memory, whatever the leaves' sizes, on any format's Reader; every byte is
-read once. Sums run in C order over blocks, so figures agree with other programs' to 1e-9 or so, not bit for bit.
+What it promises: float64 arithmetic in bounded memory, whatever the leaves' sizes, on any format's Reader; every byte
+is read once. Sums run in C order over blocks, so figures agree with other programs' to 1e-9 or so, not bit for bit.
 What it leaves out: printing (`launch/show.py`), and leaves that only one of two checkpoints has, or in another shape,
 beyond saying so.
 """
@@ -189,7 +189,7 @@ def boxes(shape: tuple[int, ...], limit: int = BLOCK_ELEMENTS) -> Iterator[Index
 
 
 def _change(first: np.ndarray, second: np.ndarray) -> tuple[int, np.ndarray]:
-    """How many elements are not equal, and second - first of these, float64 [unequal]; NaN or inf where it is not finite."""
+    """How many elements are not equal, and second - first of these, float64 [unequal], finite or not."""
     if first.dtype.kind in "biu" and second.dtype.kind in "biu":
         unequal = first != second  # before any rounding
         a, b = _float64(first[unequal]), _float64(second[unequal])

@@ -1,7 +1,8 @@
 """The engine's programs for arrays that nobody has: what `merge_params` runs for one leaf, traced from shapes alone.
 
-For looking at what a compiler makes of them (`compiled.figures`) before there is a device, and for keeping their promises:
-a merge touches little more than the bytes it can't avoid and communicates nothing, a survey pass communicates counts.
+For looking at what a compiler makes of them (`compiled.figures`) before there is a device, and for keeping their
+promises: a merge touches little more than the bytes it can't avoid and communicates nothing, a survey pass
+communicates counts.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from merging.engine.compiled import Figures, figures
 from merging.engine.groups import group_by_scale, without_scale
@@ -87,8 +88,8 @@ def merge_programs(
 ) -> Iterator[Program]:
     """The merge of each method and the survey passes before it, for one leaf of a base and so many experts.
 
-    A survey pass is named `survey` where it narrows thresholds (EDGES a pass) and `votes` where it counts the votes under
-    the thresholds found. The L1 norms of `rescale="l1"`, which read their inputs once for each of 32 ranges of
+    A survey pass is named `survey` where it narrows thresholds (EDGES a pass) and `votes` where it counts the votes
+    under the thresholds found. The L1 norms of `rescale="l1"`, which read their inputs once for each of 32 ranges of
     exponents, are left out.
     """
     for method in methods:
@@ -108,9 +109,9 @@ class _Leaf:
         name = f"{snake_case(type(method).__name__)}, {kind}"
         elements = math.prod(self.sharding.shard_shape(self.shape))
         facts = Facts(
-            thresholds=None if method.trim_fraction is None else self._per_layer("float32"),
-            majority=self._whole((), "float32") if method.asks_majority else None,
-            l1=self._per_layer("float32") if method.asks_l1 else None,
+            thresholds=None if method.trim_fraction is None else self._per_layer(np.float32),
+            majority=np.float32(1) if method.asks_majority else None,
+            l1=self._per_layer(np.float32) if method.asks_l1 else None,
         )
         yield Program(
             name=f"merge {name}",
@@ -150,23 +151,19 @@ class _Leaf:
         return count_step.lower(
             Question(without_scale(method), known, None),
             *self._inputs(),
-            self._per_layer("float32", edges),
+            self._per_layer(np.float32, edges),
             geometry=whole_leaf(self.shape, self.stacked),
         )
 
-    def _inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Base, experts and keys of their masks."""
+    def _inputs(self) -> tuple[Any, ...]:
+        """Base and experts without data, and keys of their masks."""
         leaf = jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=self.sharding)
-        return leaf, (leaf,) * self.experts, self._per_layer("uint32", 2)
+        return leaf, (leaf,) * self.experts, self._per_layer(np.uint32, 2)
 
-    def _per_layer(self, dtype: str, *each: int) -> jax.ShapeDtypeStruct:
-        """[N, *each] or [N, *each, L], whole on every device."""
+    def _per_layer(self, dtype: type[np.generic], *each: int) -> np.ndarray:
+        """[N, *each] or [N, *each, L]: what `merge_params` hands over from the host, whole to every device."""
         layers = () if self.stacked is None else (self.shape[self.stacked],)
-        return self._whole((self.experts, *each, *layers), dtype)
-
-    def _whole(self, shape: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStruct:
-        whole = NamedSharding(self.sharding.mesh, PartitionSpec())
-        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=whole)
+        return np.zeros((self.experts, *each, *layers), dtype)
 
 
 def whole_leaf(shape: tuple[int, ...], stacked: int | None) -> Geometry:

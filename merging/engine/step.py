@@ -33,6 +33,8 @@ from merging.methods.method import (
 )
 from merging.methods.ties import trim
 
+AnyArray = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
+
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
@@ -68,9 +70,9 @@ class Facts:
       majority: float32 [], or None.
     """
 
-    thresholds: Array | None = None
-    majority: Array | None = None
-    l1: Array | None = None
+    thresholds: AnyArray | None = None
+    majority: AnyArray | None = None
+    l1: AnyArray | None = None
 
     def survey(self, geometry: Geometry) -> Survey:
         """The same as the methods read it."""
@@ -95,7 +97,7 @@ class Group:
     """
 
     method: Method
-    scales: Array | None
+    scales: AnyArray | None
 
 
 jax.tree_util.register_dataclass(Group, data_fields=["method", "scales"], meta_fields=[])
@@ -205,7 +207,7 @@ class Question:
 
     method: TaskVectorMethod
     facts: Facts
-    edges: Array | None
+    edges: AnyArray | None
 
 
 jax.tree_util.register_dataclass(Question, data_fields=["method", "facts", "edges"], meta_fields=[])
@@ -314,7 +316,7 @@ def count_step(
       N * T + 2 counts uint64, [] or [L]: at least threshold t of expert i (at i * T + t), then votes above and below
       zero. An element with an input that is not finite counts nowhere.
     """
-    draw = draw_for(keys, _index(geometry, np.zeros(2, np.uint32)), geometry)
+    draw = draw_for(keys, _index(geometry, jnp.zeros(2, jnp.uint32)), geometry)
     survey = question.facts.survey(geometry)
     vectors = question.method.vectors(base, experts, survey=survey, draw=draw)
     flags = [
@@ -372,7 +374,7 @@ def l1_step(
     Must be called with 64-bit types enabled. Entry g sums the magnitudes with exponents 8 g + 1 to 8 g + 8, in units of
     2^(8 g - 149): integers below 2^31 each, so that 2^32 of them fit and the order of the sum does not matter.
     """
-    draw = draw_for(keys, _index(geometry, np.zeros(2, np.uint32)), geometry)
+    draw = draw_for(keys, _index(geometry, jnp.zeros(2, jnp.uint32)), geometry)
     before = task_vectors(base, experts)
     after = method.vectors(base, experts, survey=Survey(), draw=draw)
     free = tuple(axis for axis in range(len(geometry.shape)) if axis != geometry.stacked)

@@ -248,7 +248,7 @@ def _survey_counts(
     votes, inexact = combine(votes), combine(np.array(inexact, np.int64))
     for survey, counts, wrong in zip(surveys, votes, inexact, strict=True):
         if survey.method.asks_majority and survey.majority is None:
-            survey.majority = Votes(*map(int, counts)).majority(guess_was_exact=wrong == 0)
+            survey.majority = Votes(*map(int, counts)).majority(guess_was_exact=bool(wrong == 0))
 
 
 def _narrow(

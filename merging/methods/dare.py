@@ -38,8 +38,8 @@ class Dare(TaskVectorMethod):
       rescale: "inverse_keep" divides by `density` (the paper); "l1" restores each tensor's L1 norm (mergekit).
     """
 
-    density: float = 0.5
-    scale: float = 0.4
+    density: Number = 0.5
+    scale: Number = 0.4
     weights: Weights = None
     rescale: Rescale = "inverse_keep"
 

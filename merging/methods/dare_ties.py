@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from jaxtyping import Array, Float
 
+from merging.kernels.arithmetic import Number
 from merging.kernels.election import disjoint_mean, elect
 from merging.methods.dare import drop, restore_l1, undo_drop
 from merging.methods.method import (
@@ -39,10 +40,10 @@ class DareTies(TaskVectorMethod):
       zero_sign: what a vote of zero elects, as in `Ties`.
     """
 
-    density: float = 0.5
-    scale: float = 1.0
+    density: Number = 0.5
+    scale: Number = 1.0
     weights: Weights = None
-    trim_density: float | None = None
+    trim_density: Number | None = None
     rescale: Rescale = "inverse_keep"
     zero_sign: ZeroSign = "majority"
 
@@ -55,7 +56,7 @@ class DareTies(TaskVectorMethod):
         check_choice("DareTies", "zero_sign", self.zero_sign, ("majority", "positive", "none"))
 
     @property
-    def trim_fraction(self) -> float | None:
+    def trim_fraction(self) -> Number | None:
         return self.trim_density
 
     @property

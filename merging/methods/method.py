@@ -37,7 +37,7 @@ from jaxtyping import Array, Bool, Float
 
 from merging.kernels.arithmetic import Number, float32, unfused
 
-Weights = Sequence[float] | None
+Weights = Sequence[Number] | None  # arrays inside a jitted step, where numbers are leaves
 ZeroSign = Literal["majority", "positive", "none"]
 Scope = Literal["model", "tensor"]
 Rescale = Literal["inverse_keep", "l1"]
@@ -103,7 +103,7 @@ class Method:
     # ---- what the engine asks of a method -----------------------------------------------------------------------
 
     @property
-    def trim_fraction(self) -> float | None:
+    def trim_fraction(self) -> Number | None:
         """The fraction of entries that the magnitude trim keeps, or None where nothing is trimmed."""
         return None
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from jaxtyping import Array, Float
 
+from merging.kernels.arithmetic import Number
 from merging.kernels.election import ordered_sum, weighted
 from merging.methods.method import (
     Draw,
@@ -25,7 +26,7 @@ class TaskArithmetic(TaskVectorMethod):
       weights: one number per expert; None is 1 for each. Negative ones negate a task.
     """
 
-    scale: float = 0.4
+    scale: Number = 0.4
     weights: Weights = None
 
     def __post_init__(self) -> None:

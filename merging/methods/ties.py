@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from merging.kernels.arithmetic import Number
 from merging.kernels.election import disjoint_mean, elect
 from merging.methods.method import (
     Draw,
@@ -40,8 +41,8 @@ class Ties(TaskVectorMethod):
         negative), + (mergekit), or nothing.
     """
 
-    density: float = 0.2
-    scale: float = 1.0
+    density: Number = 0.2
+    scale: Number = 1.0
     weights: Weights = None
     scope: Scope = "model"
     zero_sign: ZeroSign = "majority"
@@ -54,7 +55,7 @@ class Ties(TaskVectorMethod):
         check_choice("Ties", "zero_sign", self.zero_sign, ("majority", "positive", "none"))
 
     @property
-    def trim_fraction(self) -> float:
+    def trim_fraction(self) -> Number:
         return self.density
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -118,8 +119,14 @@ def test_without_patterns_nothing_is_stacked():
         assert Stacked(patterns).unused(["w"]) == []
 
 
+@pytest.fixture
+def unchecked_annotations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a user calls it: the checker that tests install would refuse a wrong type first."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
 @pytest.mark.parametrize("axis", (-1, 1.0, "1", None, True))
-def test_refuses_an_axis_that_is_none(axis: object):
+def test_refuses_an_axis_that_is_none(axis: object, unchecked_annotations: None):
     with pytest.raises(ValueError, match=r"stacked\['layers/\*'\] is .*give the axis over layers"):
         Stacked({"layers/*": axis})
 

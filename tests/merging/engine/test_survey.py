@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import hypothesis
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
@@ -20,6 +21,11 @@ from merging.kernels.magnitude import (
     propose_from_sample,
 )
 from merging.paths import Stacked
+
+
+def codes_of(x: np.ndarray | np.float32) -> np.ndarray:
+    """Magnitude codes, uint32."""
+    return np.asarray(magnitude_to_code(jnp.asarray(x)))
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 1000])
@@ -38,7 +44,7 @@ def test_nonzero_in_any_byte(size: int):
 def test_exact_sum_is_exact():
     rng = np.random.default_rng(0)
     values = (rng.normal(size=5000) * 10.0 ** rng.integers(-30, 30, 5000)).astype(np.float32)
-    codes = np.asarray(magnitude_to_code(values))
+    codes = codes_of(values)
     assert exact_sum(codes) * 2.0**-149 == pytest.approx(
         math.fsum(np.abs(values.astype(np.float64))), rel=1e-15
     )
@@ -74,7 +80,7 @@ FLOATS = st.lists(
 def test_search_finds_the_kth_largest(values: list[float], density: float, edges: int):
     """By bins (edges = 0) and by a few edges a pass, with a bracket from a part of the data."""
     x = np.abs(np.array(values, np.float32))
-    codes = np.asarray(magnitude_to_code(x)).astype(np.int64)
+    codes = codes_of(x).astype(np.int64)
     rank = int(density * x.size)
     search = Search(rank, x.size)
     if rank:
@@ -98,7 +104,7 @@ def test_search_finds_the_kth_largest(values: list[float], density: float, edges
 def test_counts_beyond_32_bits_find_a_threshold():
     """2^40 entries, 3/4 of them at 1.0 and the rest at 2.0: known from their counts alone."""
     size = 1 << 40
-    one, two = (int(magnitude_to_code(np.float32(v))) for v in (1.0, 2.0))
+    one, two = (int(codes_of(np.float32(v))) for v in (1.0, 2.0))
 
     def at_least(code: int) -> int:
         return size if code <= one else size // 4 if code <= two else 0
@@ -109,12 +115,12 @@ def test_counts_beyond_32_bits_find_a_threshold():
             edges = search.edges(4)
             search.narrow(edges, [at_least(edge) for edge in edges])
         assert search.threshold == want
-        assert search.kept == at_least(int(magnitude_to_code(np.float32(want))))
+        assert search.kept == at_least(int(codes_of(np.float32(want))))
 
 
 def test_codes_are_in_the_order_of_magnitudes():
     values = np.array([0, 1e-45, 1.17549435e-38, 1.0, 3.4e38], np.float32)
-    codes = np.asarray(magnitude_to_code(-values))
+    codes = codes_of(-values)
     assert (
         codes[0] == codes[1] == 0
         and codes[2] == 1
@@ -127,7 +133,7 @@ def test_codes_are_in_the_order_of_magnitudes():
 def test_sampled_bracket_holds_the_threshold_of_the_whole():
     rng = np.random.default_rng(0)
     data = np.abs(rng.normal(size=(4096, 256)) * rng.lognormal(size=(4096, 1))).astype(np.float32)
-    codes = np.asarray(magnitude_to_code(data))
+    codes = codes_of(data)
     for density in (0.05, 0.2, 0.9):
         low, high, guess = propose_from_sample(list(codes[::4]), density)
         exact = np.sort(codes, axis=None)[::-1][int(density * codes.size) - 1]

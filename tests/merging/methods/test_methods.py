@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import ml_dtypes
 import numpy as np
 import pytest
@@ -201,7 +202,7 @@ def test_is_within_the_bound_of_float64(cls: type[Method], dtypes: str, experts:
                 assert (error <= bound).all(), (method, name, (error / bound).max())
 
 
-@pytest.mark.parametrize("experts", (3, 8))
+@pytest.mark.parametrize("experts", (pytest.param(3, marks=pytest.mark.slow), 8))
 @each_method
 def test_bfloat16_results_equal_the_rounded_float64_ones(cls: type[Method], experts: int):
     """In 99.99 % of realistic elements at the defaults and 99.8 % at any scale. The rest lie so near the middle of two
@@ -359,8 +360,14 @@ def test_averaging_refuses_weights_that_sum_to_zero():
         Averaging(weights=(1.0, -1.0))
 
 
+@pytest.fixture
+def unchecked_annotations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a user calls it: the checker that tests install would refuse a wrong type first."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
 @each_method
-def test_refuses_an_unknown_choice(cls: type[Method]):
+def test_refuses_an_unknown_choice(cls: type[Method], unchecked_annotations: None):
     for field, choices in _choices(cls).items():
         message = (
             rf"{cls.__name__}\.{field} is 'minority': choose one of {re.escape(repr(choices[0]))}"
