@@ -18,7 +18,7 @@ INSTALL_REQUIRES = [
     # Files. epath gives gs:// and local paths one interface; tensorstore reads and writes arrays in chunks.
     "etils[epath]>=1.15.0",
     "tensorstore>=0.1.86",
-    "google-crc32c>=1.9.0",  # crc32c in hardware; a checksum in Python would be slower than the storage
+    "crc32c>=2.7",  # in hardware and without Python's lock, which google-crc32c holds
     # Entry points.
     "absl-py>=2.5.1",
     "gin-config>=0.5.0",  # 0.5.0 builds instances of the class itself, not of a subclass gin made, so they pickle

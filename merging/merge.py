@@ -27,10 +27,12 @@ from merging.engine.pieces import Piece, Tensor, pieces_of, tensors_of
 from merging.engine.plan import Plan, plan, size_text
 from merging.engine.resources import PeakResident
 from merging.engine.statistics import Statistics, gather
-from merging.engine.step import Facts, merge_step
+from merging.engine.step import Facts, in_worker, merge_step
 from merging.engine.stream import LoadedPiece, Stream
 from merging.engine.survey import MethodSurvey, survey
 from merging.methods.method import Method, TaskVectorMethod
+
+merge_in_worker = in_worker(merge_step, "geometry", "out_dtype")
 
 STATISTICS_FILE = "statistics.json"
 
@@ -93,7 +95,7 @@ def merge(
     memory_budget_bytes: int = 1 << 30,
     shard_bytes: int = 5_000_000_000,
     stacked: Mapping[str, int] | None = None,
-    statistics: float = 1 / 16,
+    statistics: float = 1 / 64,
     config_text: str = "",
     progress: Progress | None = None,
     log: Callable[[str], None] | None = None,
@@ -187,6 +189,8 @@ class _Run:
                 mine = self._mine(writers)
                 surveys = self._survey(mine)
                 statistics = self._merge(mine, surveys, writers)
+                for reader in (plan.base, *plan.experts):
+                    reader.check_unchanged()
                 self._commit_weights(writers)
             self._finish(staging, writers, statistics, config_text)
         except BaseException:
@@ -288,7 +292,7 @@ class _Run:
             facts = tuple(Facts() if s is None else s.facts(loaded.tensor) for s in asking)
             dtype = self.plan.specs[loaded.tensor.leaf.name].dtype
             base, experts = loaded.on_devices()
-            outputs = merge_step(
+            outputs = merge_in_worker(
                 groups,
                 facts,
                 base,
@@ -310,7 +314,9 @@ class _Run:
                     for m in self.plan.merges.values()
                 ]
                 found = gather(loaded, methods, by_merge, self.plan.statistics)
-            return loaded.piece, [o.astype(dtype, copy=False) for o in outputs], found
+            if dtype == np.float64:
+                outputs = [output.astype(dtype) for output in outputs]
+            return loaded.piece, outputs, found
 
         statistics: dict[str, Statistics] = {}
         for leaf_run in _runs_of_kind(mine):

@@ -79,6 +79,10 @@ class Reader(Protocol):
         """Hex digest of what identifies the input: its headers, and each file's name, size and modification time."""
         ...
 
+    def check_unchanged(self) -> None:
+        """Raises CheckpointError unless all that was read came from what was opened; called before a commit."""
+        ...
+
     def close(self) -> None: ...
 
 

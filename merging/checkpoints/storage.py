@@ -19,11 +19,19 @@ import contextlib
 import os
 import stat
 import threading
+import time
 from typing import BinaryIO
 
 from etils import epath
 
 from merging.checkpoints.format import CheckpointError
+
+# A look at the file's size, time and inode after every read would double the calls that give up and take back Python's
+# lock, of which a merge's workers make ten thousand a second. Whoever commits calls `check_unchanged` first, so a change
+# between two looks can stop a run late, but never goes unseen.
+SECONDS_BETWEEN_LOOKS = 0.02
+
+_VANISHED = "{}: the file vanished since it was opened; put it back and run again"
 
 
 class ByteSource:
@@ -45,6 +53,7 @@ class ByteSource:
         self._own = threading.local()  # .handle: this thread's, on object storage
         self._descriptor: int | None = None
         self._identity: tuple[int, int, int] | None = None
+        self._next_look = 0.0
         try:
             if is_local(self.path):
                 self._open_local()
@@ -65,11 +74,12 @@ class ByteSource:
                 count = self._read_remote(offset, buffer)
             else:
                 count = self._read_local(offset, buffer)
-                self._check_unchanged()  # after the read: a change before or during it is seen
+                now = time.monotonic()
+                if count < len(buffer) or now >= self._next_look:
+                    self._next_look = now + SECONDS_BETWEEN_LOOKS
+                    self._check_unchanged()  # after the read: a change before or during it is seen
         except FileNotFoundError:
-            raise CheckpointError(
-                f"{self._name}: the file vanished since it was opened; put it back and run again"
-            ) from None
+            raise CheckpointError(_VANISHED.format(self._name)) from None
         except OSError as error:
             raise OSError(error.errno, error.strerror or str(error), self._name) from error
         if count < len(buffer):
@@ -77,6 +87,16 @@ class ByteSource:
                 f"{self._name}: no bytes from {offset + count} on, wanted {offset} to "
                 f"{offset + len(buffer)}; the file is truncated: fetch or write it again"
             )
+
+    def check_unchanged(self) -> None:
+        """Raises as `read_into` does if a local file is not the one that was opened. After the last read, this says that
+        all reads were of one file."""
+        if self._descriptor is None:
+            return
+        try:
+            self._check_unchanged()
+        except FileNotFoundError:
+            raise CheckpointError(_VANISHED.format(self._name)) from None
 
     def read(self, offset: int, count: int) -> bytes:
         """`count` bytes from `offset` on. Takes that memory first. Errors as in `read_into`."""

@@ -110,7 +110,7 @@ def plan(
     memory_budget_bytes: int = 1 << 30,
     shard_bytes: int = 5_000_000_000,
     stacked: Mapping[str, int] | None = None,
-    statistics: float = 1 / 16,
+    statistics: float = 1 / 64,
 ) -> Plan:
     """Checks everything that can be known from headers. Arguments as `merge`.
 

@@ -1,9 +1,9 @@
 """How the experts interfere, gathered while the merge reads them anyway: from a sample of blocks, in float64.
 
 Per leaf and for the whole model: norms of the task vectors, cosines between them, the share of elements on which two
-experts disagree in sign, and the share of each task vector that a method kept. A block is 4,096 elements that begin at a
-multiple of 4,096 in their tensor; of every tensor every k-th block is taken, with k from the share that was asked for, and
-more of a small tensor (at least 16 blocks, or all). Which blocks depends on nothing else, so the numbers agree between
+experts disagree in sign, and the share of each task vector that a method kept. A block is 16,384 elements that begin at a
+multiple of 16,384 in their tensor; of every tensor every k-th block is taken, with k from the share that was asked for, and
+more of a small tensor (at least one block). Which blocks depends on nothing else, so the numbers agree between
 any slicing, sharding and number of hosts to rounding in float64 (1e-9). A norm from a share s of the blocks is the square
 root of the sampled sum over s; share 1 gives exact norms.
 """
@@ -15,19 +15,25 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, UInt32
+from jaxtyping import Array, UInt8, UInt32
 
+from merging.engine.packed import count_fields, pack
 from merging.engine.pieces import Tensor
-from merging.engine.step import Facts, Geometry, draw_for
-from merging.engine.stream import LoadedPiece, padded_size
+from merging.engine.step import ONE_THREAD, Facts, Geometry, draw_for
+from merging.engine.stream import LoadedPiece, padded_size, to_float32
 from merging.kernels.element_index import ElementIndex
 from merging.methods.method import TaskVectorMethod
 from merging.methods.ties import trim
 
-BLOCK = 1 << 12
-FEWEST_BLOCKS = 16  # of a tensor; fewer would make the numbers of a single small leaf worthless
+# Elements. Smaller blocks would touch more of the pieces, and each touch costs some twenty calls whatever its size;
+# larger ones would leave too few of a small tensor.
+BLOCK = 1 << 14
+FEWEST_BLOCKS = 1  # of a tensor: 16,384 elements tell a cosine to 0.008
+
+
+# Elements of one product of task vectors: a larger one makes BLAS start threads of its own, which get in the workers' way.
+_GRAM_ELEMENTS = 1 << 12
 
 
 def every_kth_block(tensor: Tensor, share: float) -> int:
@@ -36,16 +42,14 @@ def every_kth_block(tensor: Tensor, share: float) -> int:
     return max(1, min(round(1 / share), blocks // FEWEST_BLOCKS))
 
 
-def sampled_elements(tensor: Tensor, start: int, size: int, share: float) -> np.ndarray:
-    """Which elements of the run [start, start + size) of a tensor are sampled: int64, relative to start."""
+def sampled_runs(tensor: Tensor, start: int, size: int, share: float) -> list[slice]:
+    """Which elements of the run [start, start + size) of a tensor are sampled, as slices relative to start."""
     step = every_kth_block(tensor, share) * BLOCK
-    first = start // step * step
-    runs = [
-        np.arange(max(begin, start), min(begin + BLOCK, start + size)) - start
-        for begin in range(first, start + size, step)
+    return [
+        slice(max(begin, start) - start, min(begin + BLOCK, start + size) - start)
+        for begin in range(start // step * step, start + size, step)
         if begin + BLOCK > start
     ]
-    return np.concatenate(runs) if runs else np.zeros(0, np.int64)
 
 
 class Statistics:
@@ -109,65 +113,77 @@ def gather(
     share: float,
 ) -> Statistics:
     """The statistics of one piece; methods without task vectors (None) keep everything."""
-    tensor, experts = loaded.tensor, len(loaded.experts)
-    result = Statistics(experts, len(methods))
-    chosen = sampled_elements(tensor, loaded.piece.start, loaded.size, share)
-    result.counts[:2] = loaded.size, len(chosen)
-    if len(chosen) == 0:
+    result = Statistics(len(loaded.experts), len(methods))
+    runs = sampled_runs(loaded.tensor, loaded.piece.start, loaded.size, share)
+    sampled = sum(run.stop - run.start for run in runs)
+    result.counts[:2] = loaded.size, sampled
+    if sampled == 0:
         return result
-    base = loaded.base[chosen].astype(np.float32)
-    vectors = np.stack([e[chosen].astype(np.float32) - base for e in loaded.experts])
-    exact = vectors.astype(np.float64)
-    result.gram = exact @ exact.T
-    result.counts[2] = np.count_nonzero((vectors > 0).any(0) & (vectors < 0).any(0))
-    result.kept[:] = np.count_nonzero(vectors, axis=1)
-    asked = [i for i, method in enumerate(methods) if method is not None]
-    if asked:
-        kept = _kept(loaded, [methods[i] for i in asked], [facts[i] for i in asked], chosen)
-        for i, survives in zip(asked, kept, strict=True):
-            result.kept[i] = np.count_nonzero(survives[:, : len(chosen)], axis=1)
+    stored = [
+        np.concatenate([array[run] for run in runs]) for array in (loaded.base, *loaded.experts)
+    ]
+    base, *experts = (to_float32(array) for array in stored)
+    vectors = np.stack([expert - base for expert in experts])  # [N, sampled], float32
+    for at in range(0, sampled, _GRAM_ELEMENTS):
+        exact = vectors[:, at : at + _GRAM_ELEMENTS].astype(np.float64)
+        result.gram += exact @ exact.T
+    result.counts[2] = np.count_nonzero((vectors.max(0) > 0) & (vectors.min(0) < 0))
+    nonzero = None
+    for i, (method, fact) in enumerate(zip(methods, facts, strict=True)):
+        if method is not None and type(method).vectors is not TaskVectorMethod.vectors:
+            result.kept[i] = _count_kept(loaded, method, fact, runs, stored)
+        elif fact.thresholds is not None:
+            survives = (np.abs(vectors) >= fact.thresholds[:, None]) & (vectors != 0)
+            result.kept[i] = np.count_nonzero(survives, axis=1)
+        else:
+            nonzero = np.count_nonzero(vectors, axis=1) if nonzero is None else nonzero
+            result.kept[i] = nonzero
     return result
 
 
-def _kept(
+def _count_kept(
     loaded: LoadedPiece,
-    methods: Sequence[TaskVectorMethod],
-    facts: Sequence[Facts],
-    chosen: np.ndarray,
-) -> list[np.ndarray]:
-    index = np.zeros(padded_size(len(chosen)), np.int64)
-    index[: len(chosen)] = chosen
-    flat = (loaded.piece.start + index).astype(np.uint64)
-    kept = _kept_step(
-        tuple(methods),
-        tuple(facts),
-        loaded.base[index],
-        tuple(expert[index] for expert in loaded.experts),
+    method: TaskVectorMethod,
+    fact: Facts,
+    runs: Sequence[slice],
+    stored: Sequence[np.ndarray],
+) -> np.ndarray:
+    """How many sampled entries of each task vector survive a random drop (and a trim) and are not zero: [N]."""
+    sampled = len(stored[0])
+    padded = padded_size(
+        max(sampled, BLOCK)
+    )  # one size, hence one compilation, for what a piece holds of a block
+    index = np.zeros(padded, np.uint64)
+    index[:sampled] = np.concatenate([np.arange(run.start, run.stop) for run in runs])
+    index += np.uint64(loaded.piece.start)
+    base, *experts = (np.concatenate([a, np.zeros(padded - sampled, a.dtype)]) for a in stored)
+    fields = _kept_step(
+        method,
+        fact,
+        base,
+        tuple(experts),
         loaded.keys,
-        flat.astype(np.uint32),
-        (flat >> np.uint64(32)).astype(np.uint32) if loaded.geometry.wide else None,
+        index.astype(np.uint32),
+        (index >> np.uint64(32)).astype(np.uint32) if loaded.geometry.wide else None,
     )
-    return [np.asarray(k) for k in kept]
+    return count_fields([np.asarray(field)[:sampled] for field in fields], len(experts))
 
 
-@functools.partial(jax.jit)
+@functools.partial(jax.jit, compiler_options=ONE_THREAD)
 def _kept_step(
-    methods: tuple[TaskVectorMethod, ...],
-    facts: tuple[Facts, ...],
+    method: TaskVectorMethod,
+    fact: Facts,
     base: Array,
     experts: tuple[Array, ...],
     keys: UInt32[Array, "n 2"],
     low: UInt32[Array, "m"],  # noqa: F821
     high: UInt32[Array, "m"] | None,  # noqa: F821
-) -> list[Bool[Array, "n m"]]:
-    """Which entries of the task vectors survive each method's drop and trim and are not zero."""
+) -> list[UInt8[Array, "m"]]:  # noqa: F821
+    """Packed bits, one an expert: whether its entry survives the method's drop and trim and is not zero."""
     geometry = Geometry((base.shape[0],), (1,), wide=high is not None)
+    survey = fact.survey(geometry)
     draw = draw_for(keys, ElementIndex(low, high), geometry)
-    result = []
-    for method, fact in zip(methods, facts, strict=True):
-        survey = fact.survey(geometry)
-        vectors = method.vectors(base, experts, survey=survey, draw=draw)
-        if survey.thresholds:
-            vectors = trim(vectors, survey)
-        result.append(jnp.stack([vector != 0 for vector in vectors]))
-    return result
+    vectors = method.vectors(base, experts, survey=survey, draw=draw)
+    if survey.thresholds:
+        vectors = trim(vectors, survey)
+    return pack([[vector != 0 for vector in vectors]])

@@ -13,12 +13,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8, UInt32
 
+from merging.engine.packed import pack
 from merging.kernels.election import elect, ordered_sum
 from merging.kernels.element_index import ElementIndex, element_index
 from merging.kernels.magnitude import magnitude_to_code
@@ -115,6 +117,16 @@ def _index(geometry: Geometry, offset: UInt32[Array, "2"]) -> ElementIndex:
     return element_index(
         geometry.shape, geometry.strides, (offset[0], offset[1]), wide=geometry.wide
     )
+
+
+# A worker of the stream has a core to itself: a step that XLA:CPU splits over a pool of threads would wait for the slowest
+# of them, which on a busy machine costs more than it gains. Steps on whole leaves in memory keep all cores.
+ONE_THREAD = {"xla_cpu_multi_thread_eigen": False}
+
+
+def in_worker(step: Any, *static: str) -> Any:
+    """A jitted step as the stream's workers run it: the same program, on one thread."""
+    return jax.jit(step.__wrapped__, static_argnames=static, compiler_options=ONE_THREAD)
 
 
 # ---- merge ----------------------------------------------------------------------------------------------------------
@@ -248,29 +260,8 @@ def survey_step(
         vote = elect(vectors, weights=method.weights)
         uncertain = functools.reduce(jnp.logical_or, inside, jnp.zeros_like(clean))
         fields = [above, inside, [vote > 0, vote < 0, uncertain, ~clean]]
-        results.append(_pack([bits for bits in fields if bits]))
+        results.append(pack([bits for bits in fields if bits]))
     return results
-
-
-def _pack(fields: Sequence[Sequence[Bool[Array, "*shape"]]]) -> list[UInt8[Array, "*shape"]]:
-    """Bits of each field in bytes of their own, lowest bit first.
-
-    Built as 32-bit words first: XLA:CPU packs into 8-bit lanes three times slower.
-    """
-    placed = []  # one entry a bit: (number of the byte, place in it, bit)
-    byte = 0
-    for field in fields:
-        placed.extend((byte + i // 8, i % 8, bit) for i, bit in enumerate(field))
-        byte += -(-len(field) // 8)
-    words = []
-    for first in range(0, byte, 4):
-        word = jnp.uint32(0)
-        for number, place, bit in placed:
-            if first <= number < first + 4:
-                flag = jnp.uint32(1 << (8 * (number - first) + place))
-                word = word | jnp.where(bit, flag, jnp.uint32(0))
-        words.append(jax.lax.optimization_barrier(word))
-    return [(words[i // 4] >> jnp.uint32(8 * (i % 4))).astype(jnp.uint8) for i in range(byte)]
 
 
 @jax.jit

@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import jax
+import ml_dtypes
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -202,6 +203,19 @@ class Stream:
             f"leaf {loaded.tensor.leaf.name}: all inputs are finite but the merge is not: its values overflow the output"
             " type; choose OUTPUT_DTYPE='float32' or a smaller scale"
         )
+
+
+def take(array: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """array[chosen]; by the bits, since numpy copies types that it does not know one by one."""
+    bits = {2: np.uint16, 4: np.uint32}[array.dtype.itemsize]
+    return array.view(bits)[chosen].view(array.dtype)
+
+
+def to_float32(array: np.ndarray) -> np.ndarray:
+    """A copy in float32; bfloat16 by its bits, which numpy does ten times faster than a cast by ml_dtypes."""
+    if array.dtype == ml_dtypes.bfloat16:
+        return (array.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return array.astype(np.float32)
 
 
 def padded_size(size: int) -> int:

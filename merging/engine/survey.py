@@ -11,17 +11,21 @@ Only counts are added up, so the facts are the same whatever the slices, the ord
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
+from merging.engine.packed import count_bits, count_fields, nonzero_in_any
 from merging.engine.pieces import Piece, Tensor, piece_at, pieces_of
-from merging.engine.step import Facts, Question, codes_step, survey_step
-from merging.engine.stream import LoadedPiece, Stream, padded_size
+from merging.engine.step import Facts, Question, codes_step, in_worker, survey_step
+from merging.engine.stream import LoadedPiece, Stream, padded_size, take, to_float32
 from merging.kernels.magnitude import (
+    Bracket,
     Search,
     answer_from_all,
+    code_of,
     code_to_magnitude,
     propose_from_sample,
 )
@@ -34,6 +38,9 @@ SAMPLE_ELEMENTS = (
 SAMPLE_BLOCK = (
     1 << 12
 )  # elements read in one go; smaller blocks are more alike the whole, larger ones fewer reads
+survey_in_worker = in_worker(survey_step, "geometry")
+codes_in_worker = in_worker(codes_step)
+
 MODEL = ""  # the group of a trim over the whole model; other groups are tensor paths
 
 Combine = Callable[[np.ndarray], np.ndarray]  # int64 array -> its sum over all hosts
@@ -55,6 +62,9 @@ class MethodSurvey:
         self.l1: dict[str, np.ndarray] = {}
         self.majority: int | None = None
         self.searches: dict[str, list[Search]] = {}
+        self._known: dict[
+            tuple[str, str], Any
+        ] = {}  # questions, brackets and facts, until counts change them
         if method.trim_fraction is not None:
             sizes: dict[str, int] = {}
             for tensor in tensors:
@@ -73,26 +83,43 @@ class MethodSurvey:
             search.is_done for search in self.searches[self.group(tensor)]
         )
 
+    def forget(self) -> None:
+        """To be called when counts have changed what is known."""
+        self._known.clear()
+
     def question(self, tensor: Tensor) -> Question:
         """What to count in this tensor next."""
         edges = None
         if self.searches:
-            edges = np.array(
-                [_edges(search) for search in self.searches[self.group(tensor)]], np.float32
-            )
+            edges = self._remember("edges", tensor, lambda searches: [_edges(s) for s in searches])
         return Question(self.method, Facts(l1=self.l1.get(tensor.path)), edges)
+
+    def brackets(self, tensor: Tensor) -> dict[int, Bracket]:
+        """The brackets that `question` asks for, by expert; none for what is known."""
+        searches = self.searches[self.group(tensor)]
+        return {i: search.bracket() for i, search in enumerate(searches) if not search.is_done}
 
     def facts(self, tensor: Tensor) -> Facts:
         """What the merge of this tensor needs, once everything is known."""
         thresholds = None
         if self.searches:
-            group = self.searches[self.group(tensor)]
-            thresholds = np.array([search.threshold for search in group], np.float32)
+            thresholds = self._remember(
+                "thresholds", tensor, lambda searches: [search.threshold for search in searches]
+            )
         return Facts(
             thresholds=thresholds,
             majority=None if self.majority is None else np.float32(self.majority),
             l1=self.l1.get(tensor.path),
         )
+
+    def _remember(
+        self, what: str, tensor: Tensor, compute: Callable[[list[Search]], list[Any]]
+    ) -> np.ndarray:
+        """float32 numbers of the tensor's searches; computed anew for every piece they would cost more than the piece."""
+        key = what, self.group(tensor)
+        if key not in self._known:
+            self._known[key] = np.array(compute(self.searches[key[1]]), np.float32)
+        return self._known[key]
 
 
 def _edges(search: Search) -> tuple[np.float32, np.float32, np.float32]:
@@ -226,8 +253,10 @@ def _survey_counts(
             votes[number] += found.votes
             if found.above is None:
                 continue
-            group = survey.group(tensor)
-            tally = tallies.setdefault((number, group), _empty_tally(survey, group))
+            key = number, survey.group(tensor)
+            if key not in tallies:
+                tallies[key] = _empty_tally(survey, key[1])
+            tally = tallies[key]
             tally.above += found.above
             for bins, codes in zip(tally.bins, found.codes, strict=True):
                 np.add.at(bins, codes, 1)
@@ -264,6 +293,7 @@ def _narrow(
         ):
             if not search.is_done:
                 search.narrow_by_bins(search.bracket(), int(above), bins)
+        survey.forget()
 
 
 def _empty_tally(survey: MethodSurvey, group: str) -> _Tally:
@@ -290,13 +320,13 @@ def _count(
     """Counts one piece for every method; runs in a worker."""
     questions = tuple(s.question(loaded.tensor) for s in surveys)
     base, experts = loaded.on_devices()
-    packed = survey_step(
+    packed = survey_in_worker(
         questions, base, experts, loaded.keys, loaded.offset, geometry=loaded.geometry
     )
     counted = []
     for survey, question, fields in zip(surveys, questions, packed, strict=True):
         fields = [np.asarray(field)[: loaded.size] for field in fields]
-        if _count_bits(fields[-1], 4)[3]:
+        if fields[-1].max() >= 8:
             stream.blame_not_finite(loaded)
         counted.append(_count_fields(survey, question, fields, loaded))
     return loaded.tensor, counted
@@ -306,42 +336,48 @@ def _count_fields(
     survey: MethodSurvey, question: Question, fields: list[np.ndarray], loaded: LoadedPiece
 ) -> _Counted:
     vote = fields[-1]
-    positive, negative, uncertain = _count_bits(vote, 3)
+    positive, negative, uncertain = count_bits(vote, 3)
     certain = vote * (vote < 4)  # the vote byte where no expert is in its bracket
-    votes = np.array([positive, negative, *_count_bits(certain, 2), uncertain], np.int64)
+    votes = np.array([positive, negative, *count_bits(certain, 2), uncertain], np.int64)
     if question.edges is None:
         return _Counted(None, [], votes)
     number = len(loaded.experts)
     width = -(-number // 8)
-    above = np.array(
-        [c for i in range(width) for c in _count_bits(fields[i], min(8, number - 8 * i))], np.int64
-    )
-    searches = survey.searches[survey.group(loaded.tensor)]
-    return _Counted(
-        above, _codes_inside(searches, question, fields[width : 2 * width], loaded), votes
-    )
+    above = count_fields(fields[:width], number)
+    brackets = survey.brackets(loaded.tensor)
+    codes = [np.zeros(0, np.int64)] * number
+    if brackets:
+        inside = fields[width : 2 * width]
+        codes = _codes_inside(brackets, question, inside, loaded)
+    return _Counted(above, codes, votes)
 
 
 def _codes_inside(
-    searches: Sequence[Search], question: Question, inside: list[np.ndarray], loaded: LoadedPiece
+    brackets: Mapping[int, Bracket],
+    question: Question,
+    inside: list[np.ndarray],
+    loaded: LoadedPiece,
 ) -> list[np.ndarray]:
-    """Per expert, the bins of the elements that lie in its bracket; exact magnitudes of the few elements concerned."""
-    nothing = np.zeros(0, np.int64)
-    if all(search.is_done for search in searches):
-        return [nothing] * len(searches)
-    chosen = _nonzero_in_any(inside)
-    if len(chosen) == 0:
-        return [nothing] * len(searches)
-    codes = gathered_codes(question, loaded, chosen)
-    result = []
-    for i, search in enumerate(searches):
-        if search.is_done:
-            result.append(nothing)
-            continue
-        bracket = search.bracket()
-        is_inside = (inside[i // 8][chosen] >> (i % 8)) & 1 != 0
-        result.append((codes[i][is_inside].astype(np.int64) - bracket.low) >> bracket.shift)
+    """Per expert, the bins of the elements that lie in its bracket, from their exact magnitudes."""
+    result = [np.zeros(0, np.int64)] * len(loaded.experts)
+    chosen = nonzero_in_any(inside)
+    flags = [field[chosen] for field in inside]
+    # Only what survived a drop can lie in a bracket that excludes zero: there the vector is the plain one.
+    is_plain = question.facts.l1 is None and all(b.low > 0 for b in brackets.values())
+    codes = None if is_plain else gathered_codes(question, loaded, chosen)
+    for i, bracket in brackets.items():
+        is_inside = (flags[i // 8] >> np.uint8(i % 8)) & np.uint8(1) != 0
+        found = _plain_codes(loaded, i, chosen[is_inside]) if is_plain else codes[i][is_inside]
+        result[i] = (found.astype(np.int64) - bracket.low) >> bracket.shift
     return result
+
+
+def _plain_codes(loaded: LoadedPiece, expert: int, chosen: np.ndarray) -> np.ndarray:
+    """Magnitude codes of one expert's plain task vector at chosen elements, as XLA computes them: int64 [chosen]."""
+    ours, base = (to_float32(array[chosen]) for array in (loaded.experts[expert], loaded.base))
+    for array in (ours, base):
+        array[np.abs(array) < np.finfo(np.float32).tiny] = 0  # XLA:CPU reads subnormals as zero
+    return code_of(ours - base)
 
 
 def gathered_codes(question: Question, loaded: LoadedPiece, chosen: np.ndarray) -> np.ndarray:
@@ -349,41 +385,15 @@ def gathered_codes(question: Question, loaded: LoadedPiece, chosen: np.ndarray) 
     index = np.zeros(padded_size(len(chosen)), np.int64)
     index[: len(chosen)] = chosen
     flat = (loaded.piece.start + index).astype(np.uint64)
-    codes = codes_step(
+    codes = codes_in_worker(
         question,
-        loaded.base[index],
-        tuple(expert[index] for expert in loaded.experts),
+        take(loaded.base, index),
+        tuple(take(expert, index) for expert in loaded.experts),
         loaded.keys,
         flat.astype(np.uint32),
         (flat >> np.uint64(32)).astype(np.uint32) if loaded.geometry.wide else None,
     )
     return np.asarray(codes)[:, : len(chosen)]
-
-
-def _nonzero_in_any(fields: Sequence[np.ndarray]) -> np.ndarray:
-    """Where any of the byte arrays is not zero: int64 [any], ascending."""
-    combined = fields[0]
-    for field in fields[1:]:
-        combined = combined | field
-    whole = len(combined) // 8 * 8
-    # Eight bytes at a time: most are zero, and a search among bytes takes four times as long.
-    words = np.flatnonzero(combined[:whole].view(np.uint64))
-    rows, columns = np.nonzero(combined[:whole].reshape(-1, 8)[words])
-    tail = np.flatnonzero(combined[whole:]) + whole
-    return np.concatenate([words[rows] * 8 + columns, tail])
-
-
-def _count_bits(field: np.ndarray, number: int) -> list[int]:
-    """How often each of the lowest bits is set in a uint8 array."""
-    whole = len(field) // 8 * 8
-    words, tail = field[:whole].view(np.uint64), field[whole:]
-    counts = []
-    for bit in range(number):
-        in_words = np.bitwise_count(words & np.uint64(0x0101010101010101 << bit))
-        counts.append(
-            int(in_words.sum(dtype=np.int64)) + int(np.count_nonzero(tail & np.uint8(1 << bit)))
-        )
-    return counts
 
 
 # ---- the sample -----------------------------------------------------------------------------------------------------
@@ -405,7 +415,10 @@ def _propose(
             loaded = stream.load(piece, is_sample=True)
             every = np.arange(loaded.size)
             for number, survey in enumerate(asking):
-                found = gathered_codes(survey.question(piece.tensor), loaded, every)
+                if type(survey.method).vectors is TaskVectorMethod.vectors:
+                    found = [_plain_codes(loaded, i, every) for i in range(survey.experts)]
+                else:
+                    found = gathered_codes(survey.question(piece.tensor), loaded, every)
                 for i, row in enumerate(found):
                     key = (number, survey.group(piece.tensor), i)
                     codes.setdefault(key, []).append(row)
@@ -416,6 +429,7 @@ def _propose(
                 search.propose(*answer_from_all(blocks, search.rank))
             else:
                 search.propose(*propose_from_sample(blocks, survey.method.trim_fraction))
+            survey.forget()
 
 
 def _sample_pieces(tensors: Sequence[Tensor], *, whole_model: bool) -> Iterator[Piece]:

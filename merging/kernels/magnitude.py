@@ -25,9 +25,9 @@ CODES = (
     _INFINITY_BITS - _SMALLEST_NORMAL_BITS + 1
 )  # codes are 0 .. CODES - 1; CODES stands for infinity
 
-# Bins of one bracket. 2^18 int64 are 2 MiB; a sample's bracket is some 10^5 codes wide (1 % of a magnitude), so fewer
+# Bins of one bracket. 2^19 int64 are 4 MiB; a sample's bracket is some 10^5 codes wide (1 % of a magnitude), so fewer
 # bins would cost a second survey, and more only memory.
-MAX_BINS = 1 << 18
+MAX_BINS = 1 << 19
 
 
 def code_to_magnitude(code: int) -> np.float32:
@@ -44,6 +44,12 @@ def magnitude_to_code(x: Float[Array, "*shape"]) -> UInt32[Array, "*shape"]:
         jnp.uint32(0),
         bits - jnp.uint32(_SMALLEST_NORMAL_BITS - 1),
     )
+
+
+def code_of(x: np.ndarray) -> np.ndarray:
+    """The same in numpy, of float32: int64."""
+    bits = np.abs(x).view(np.uint32).astype(np.int64)
+    return np.maximum(bits - (_SMALLEST_NORMAL_BITS - 1), 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +164,10 @@ def propose_from_sample(blocks: Sequence[np.ndarray], density: float) -> tuple[i
     codes[::-1].sort()  # largest first; a sample, so a sort is cheap
     rank = min(max(int(density * codes.size), 1), codes.size)
     guess = int(codes[rank - 1])
-    excess = [np.count_nonzero(block >= guess) - density * block.size for block in blocks]
+    share = (
+        np.count_nonzero(codes >= guess) / codes.size
+    )  # more than the density where magnitudes tie
+    excess = [np.count_nonzero(block >= guess) - share * block.size for block in blocks]
     between = np.sqrt(np.square(excess).sum())
     within = np.sqrt(density * (1 - density) * codes.size)
     half = int(6 * max(between, within)) + 2

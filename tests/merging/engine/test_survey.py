@@ -11,8 +11,9 @@ import pytest
 from hypothesis import strategies as st
 
 from merging.checkpoints.format import LeafSpec
+from merging.engine.packed import count_bits, nonzero_in_any
 from merging.engine.pieces import Piece, piece_at, pieces_of, tensors_of
-from merging.engine.survey import Votes, _count_bits, _nonzero_in_any, exact_sum, l1_ratios
+from merging.engine.survey import Votes, exact_sum, l1_ratios
 from merging.kernels.magnitude import (
     CODES,
     Search,
@@ -31,14 +32,14 @@ def codes_of(x: np.ndarray | np.float32) -> np.ndarray:
 @pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 1000])
 def test_bits_are_counted(size: int):
     field = np.random.default_rng(size).integers(0, 256, size).astype(np.uint8)
-    assert _count_bits(field, 8) == [int(((field >> i) & 1).sum()) for i in range(8)]
+    assert count_bits(field, 8) == [int(((field >> i) & 1).sum()) for i in range(8)]
 
 
 @pytest.mark.parametrize("size", [0, 1, 8, 1003])
-def test_nonzero_in_any_byte(size: int):
+def testnonzero_in_any_byte(size: int):
     rng = np.random.default_rng(size)
     fields = [(rng.random(size) < 0.01).astype(np.uint8) * 9 for _ in range(2)]
-    np.testing.assert_array_equal(_nonzero_in_any(fields), np.flatnonzero(fields[0] | fields[1]))
+    np.testing.assert_array_equal(nonzero_in_any(fields), np.flatnonzero(fields[0] | fields[1]))
 
 
 def test_exact_sum_is_exact():
