@@ -39,7 +39,7 @@ from merging.checkpoints.huggingface import (
     shard_names,
 )
 from merging.checkpoints.safetensors_header import build_header, read_header, refuse, show
-from merging.checkpoints.storage import ByteSource, is_local
+from merging.checkpoints.storage import ByteSource, is_local, start_writeback
 
 assert sys.byteorder == "little", "safetensors data are little-endian, and so must the host be"
 
@@ -219,10 +219,10 @@ def _bytes_of(array: np.ndarray) -> np.ndarray:
 
 # --- Writing ------------------------------------------------------------------------------------
 
-# Bytes between syncs on local disk. Left alone, Linux keeps up to a tenth of memory dirty and then
-# stalls the writer, or commit, for all of it. Smaller: the disk sees many short bursts. Larger: the
-# last burst, which nothing overlaps, grows.
-_SYNC_EVERY_BYTES = 64 << 20
+# Bytes after which a local disk is told to begin writing them. Left alone, Linux keeps up to a tenth of memory dirty and
+# then stalls the writer, or commit, for all of it. Smaller: more calls for nothing. Larger: longer bursts, for which
+# the next writes wait (64 MiB: four times as long as 16), and the last, which nothing overlaps, grows.
+_WRITEBACK_BYTES = 16 << 20
 # Bytes checksummed and written at a time: still in the core's cache for the second checksum and the
 # write.
 _CHUNK_BYTES = 1 << 20
@@ -366,9 +366,8 @@ class Writer:
             chunk = data[start : start + _CHUNK_BYTES]
             self._crc = crc32c(chunk, self._crc)
             file.append(chunk)
-            if file.unsynced_bytes >= _SYNC_EVERY_BYTES and file.is_local:
-                file.unsynced_bytes = 0
-                self._tasks.append(self._disk.submit(file.sync))
+            if file.waiting_bytes >= _WRITEBACK_BYTES:
+                file.begin_writeback()
 
     def _end_leaf(self) -> None:
         file, spec = self._leaves[self._at]
@@ -419,7 +418,7 @@ class _File:
     def __init__(self, path: epath.Path):
         self.path = path
         self.is_local = is_local(path)
-        self.unsynced_bytes = 0  # since a sync was last asked for
+        self.waiting_bytes = 0  # since the disk was last told to write
         self._nbytes = 0
         self._crc = 0
         self._closing = contextlib.ExitStack()
@@ -436,12 +435,15 @@ class _File:
             # TensorFlow's GFile takes nothing but bytes.
             self._handle.write(data if self.is_local else data.tobytes())
         self._nbytes += len(data)
-        self.unsynced_bytes += len(data)
+        self.waiting_bytes += len(data)
 
-    def sync(self) -> None:
-        with self._naming():
-            # What Python still buffers (under 8 KiB) waits for `close`.
-            getattr(os, "fdatasync", os.fsync)(self._handle.fileno())
+    def begin_writeback(self) -> None:
+        """Has a local disk begin on what waits, without waiting for it; its errors surface when the file is closed."""
+        if self.is_local:
+            start_writeback(
+                self._handle.fileno(), self._nbytes - self.waiting_bytes, self.waiting_bytes
+            )
+        self.waiting_bytes = 0
 
     def close(self) -> None:
         with self._naming(), self._closing:

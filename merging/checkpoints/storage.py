@@ -16,10 +16,13 @@ it is read (its size and time are recorded, but asking at every read would cost 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import os
 import stat
 import threading
 import time
+from collections.abc import Callable
 from typing import BinaryIO
 
 from etils import epath
@@ -173,3 +176,22 @@ class ByteSource:
 def is_local(path: epath.PathLike) -> bool:
     """True for this machine's file systems (mounted ones too), False for `gs://` and the like."""
     return "://" not in os.fspath(path)
+
+
+@functools.cache
+def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
+    """Linux's system call, which Python has no name for; None elsewhere."""
+    function = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if function is not None:
+        function.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    return function
+
+
+def start_writeback(descriptor: int, offset: int, nbytes: int) -> None:
+    """Has the kernel begin to write a range of a local file to its disk. A hint: only fsync makes sure, and tells errors.
+
+    fdatasync in a second thread would do the same, but locks the file against further writes meanwhile.
+    """
+    function = _sync_file_range()
+    if function is not None:
+        function(descriptor, offset, nbytes, 2)  # SYNC_FILE_RANGE_WRITE

@@ -123,9 +123,10 @@ class Stream:
         for slot, (reader, dtype) in enumerate(
             zip((self.base, *self.experts), dtypes, strict=True)
         ):
-            buffer = self._buffer(slot, padded * dtype.itemsize).view(dtype)
+            raw = self._buffer(slot, padded * dtype.itemsize)
+            raw[piece.size * dtype.itemsize :] = 0
+            buffer = raw.view(dtype)
             reader.read(name, piece.index, out=buffer[: piece.size].reshape(piece.shape))
-            buffer[piece.size :] = 0
             # XLA without 64-bit types takes float64 as float32 anyway; here the rounding is numpy's and explicit.
             arrays.append(buffer.astype(np.float32) if dtype == np.float64 else buffer)
         nbytes = sum(piece.size * dtype.itemsize for dtype in dtypes)
