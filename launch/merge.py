@@ -18,6 +18,7 @@ The same command again returns at once where the output is done, and --dry_run c
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -99,16 +100,14 @@ def merge(
     from merging import merge as stage
 
     planned = stage.plan(**resolved.arguments)
-    for reader in (planned.base, *planned.experts):
-        reader.close()
     if is_shown:
         print(f"{resolved.text}\n{planned.describe()}\n", flush=True)
     if is_dry_run:
+        planned.close()
         return None
+    gc.freeze()  # what imports made stays: a collection that walks it takes as long as ten pieces
     with progress.Progress(is_shown=is_shown) as shown:
-        report = stage.merge(
-            **resolved.arguments, config_text=resolved.text, progress=shown, log=shown.log
-        )
+        report = stage.run(planned, config_text=resolved.text, progress=shown, log=shown.log)
     if is_shown:
         print(report.describe(), flush=True)
     return report

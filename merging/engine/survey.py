@@ -336,11 +336,13 @@ def _count_fields(
     survey: MethodSurvey, question: Question, fields: list[np.ndarray], loaded: LoadedPiece
 ) -> _Counted:
     vote = fields[-1]
+    if question.edges is None:  # every vote is certain
+        positive, negative = count_bits(vote, 2)
+        votes = np.array([positive, negative, positive, negative, 0], np.int64)
+        return _Counted(None, [], votes)
     positive, negative, uncertain = count_bits(vote, 3)
     certain = vote * (vote < 4)  # the vote byte where no expert is in its bracket
     votes = np.array([positive, negative, *count_bits(certain, 2), uncertain], np.int64)
-    if question.edges is None:
-        return _Counted(None, [], votes)
     number = len(loaded.experts)
     width = -(-number // 8)
     above = count_fields(fields[:width], number)

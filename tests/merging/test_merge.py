@@ -6,6 +6,8 @@ import json
 import os
 import pathlib
 import shutil
+import subprocess
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -460,6 +462,27 @@ def test_output_in_the_way(two):
     with pytest.raises(ValueError, match="not put there by this program"):
         merging.merge_checkpoints(**folders, output_dir=tmp_path / "there", method=Ties())
     assert (tmp_path / "file").read_text() == (tmp_path / "full/thesis.tex").read_text() == "mine"
+
+
+@pytest.fixture
+def read_only(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """An empty folder on a file system that nobody may write to."""
+    folder = tmp_path / "read_only"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "ro,size=1m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a file system is not allowed here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_read_only_output(two, read_only: pathlib.Path):
+    tmp_path, base, experts = two
+    folders = models.save_all(tmp_path / "inputs", base, experts)
+    with pytest.raises(OutputError, match="can't write to .*read_only: .*choose an OUTPUT_DIR"):
+        merging.merge_checkpoints(
+            **folders, output_dir=read_only / "out", method=Averaging(), shard_bytes=10**9
+        )
 
 
 def test_too_little_room(two, monkeypatch: pytest.MonkeyPatch):
