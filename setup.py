@@ -31,6 +31,7 @@ INSTALL_REQUIRES = [
 # No torch here: what compares with other programs is in `peers`, and its tests skip where that is absent.
 TEST = [
     "pytest>=9.0",
+    "google-crc32c>=1.9.0",  # the checksum by another implementation
     "hypothesis>=6.170",
     "beartype>=0.23",
     "ruff>=0.17",  # formats differ between minor releases
