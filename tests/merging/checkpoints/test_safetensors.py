@@ -729,12 +729,29 @@ def replace_at_the_same_time(path, other):
         (replace_at_the_same_time, "the file changed since it was opened: inode was"),
     ],
 )
-def test_files_that_change_are_noticed(changing, change, message):
-    path, reader = changing
+def test_files_that_change_are_noticed(changing, opened, monkeypatch, change, message):
+    monkeypatch.setattr(storage, "SECONDS_BETWEEN_LOOKS", 0.0)
+    path, reader = changing[0], opened(changing[0])
     reader.read("a", whole((100,)))
     change(path, os.stat(path))
     with pytest.raises(CheckpointError, match=f"leaf a: {path}: {message}"):
         reader.read("a", (slice(0, 1),))
+
+
+@pytest.mark.parametrize(
+    "change", [lambda path, was: path.unlink(), touch, replace_at_the_same_time]
+)
+def test_changes_between_two_looks_are_noticed_before_a_commit(
+    changing, opened, monkeypatch, change
+):
+    monkeypatch.setattr(storage, "SECONDS_BETWEEN_LOOKS", 1e9)
+    path, reader = changing[0], opened(changing[0])
+    reader.read("a", whole((100,)))
+    reader.check_unchanged()
+    change(path, os.stat(path))
+    reader.read("a", (slice(0, 1),))
+    with pytest.raises(CheckpointError, match=f"{path}: the file (vanished|changed) since"):
+        reader.check_unchanged()
 
 
 def test_a_shrinking_file_is_noticed_while_it_is_read(changing, monkeypatch):
@@ -984,14 +1001,26 @@ def test_a_failing_sync_surfaces(writer, monkeypatch):
     def fail(descriptor):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(os, "fdatasync", fail)
-    monkeypatch.setattr(ours, "_SYNC_EVERY_BYTES", 1)
+    monkeypatch.setattr(os, "fsync", fail)
     writer.write("a", whole((4, 3)), np.zeros((4, 3), np.float32))
-    with pytest.raises(OSError, match="Input/output error: .*model.safetensors"):
-        writer.write("b", whole((2,)), np.zeros(2))
-        writer.commit()
-    with pytest.raises(OSError, match="Input/output error"):
-        writer.write("b", whole((2,)), np.zeros(2))
+    writer.write("b", whole((2,)), np.zeros(2))
+    for _ in range(2):  # what it lost is not on disk the second time either
+        with pytest.raises(OSError, match="Input/output error: .*model.safetensors"):
+            writer.commit()
+
+
+def test_writeback_begins_early_and_leaves_nothing_out(writer, monkeypatch):
+    asked = []
+    monkeypatch.setattr(ours, "_WRITEBACK_BYTES", 1)
+    monkeypatch.setattr(
+        ours, "start_writeback", lambda fd, offset, nbytes: asked.append((offset, nbytes))
+    )
+    writer.write("a", whole((4, 3)), np.zeros((4, 3), np.float32))
+    writer.write("b", whole((2,)), np.zeros(2))
+    writer.commit()
+    ends = [offset + nbytes for offset, nbytes in asked]
+    assert asked[0][0] == 0 and ends[:-1] == [offset for offset, _ in asked[1:]]
+    assert ends[-1] == writer.files["model.safetensors"]["bytes"]
 
 
 # --- What goes along ----------------------------------------------------------------------------
