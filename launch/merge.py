@@ -85,12 +85,12 @@ def configured(
     files: Sequence[str], bindings: Sequence[str], *, search_paths: Sequence[str] = (".",)
 ) -> gin_config.Resolved:
     """What gin files and bindings say about a merge."""
-    from merging.merge import merge as stage
+    from merging.engine.plan import Settings
 
-    gin_config.register(stage, given=("config_text", "progress", "log"))
+    gin_config.register(Settings, name="merge")
     gin_config.register_methods()
     gin_config.parse(files, bindings, search_paths=search_paths, either={"METHOD": "METHODS"})
-    return gin_config.resolve(stage)
+    return gin_config.resolve(Settings, name="merge")
 
 
 def merge(
@@ -99,7 +99,7 @@ def merge(
     """Prints configuration and plan, merges, and prints the report, which it returns; None after a dry run."""
     from merging import merge as stage
 
-    planned = stage.plan(**resolved.arguments)
+    planned = stage.plan(stage.Settings(**resolved.arguments))
     if is_shown:
         print(f"{resolved.text}\n{planned.describe()}\n", flush=True)
     if is_dry_run:

@@ -7,7 +7,7 @@ checkpoints from disk to disk within a budget of memory. `METHODS` has the metho
 from __future__ import annotations
 
 from merging.engine.resident import merge_params
-from merging.merge import merge as merge_checkpoints
+from merging.merge import merge_checkpoints
 from merging.methods import METHODS
 
 __all__ = ["METHODS", "merge_checkpoints", "merge_params"]

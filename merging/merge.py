@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,9 +21,9 @@ from merging.checkpoints import safetensors
 from merging.checkpoints.format import LeafSpec
 from merging.engine import hosts
 from merging.engine.groups import group_by_scale, without_scale
-from merging.engine.output import LeafOutput, is_finite
-from merging.engine.pieces import Piece, Tensor, pieces_of, tensors_of
-from merging.engine.plan import Plan, plan, size_text
+from merging.engine.output import Output, is_finite
+from merging.engine.pieces import Piece, Tensor, copied_tensor, tensors_of
+from merging.engine.plan import Plan, Settings, plan, size_text
 from merging.engine.resources import PeakResident
 from merging.engine.statistics import Statistics, gather
 from merging.engine.step import Facts, in_worker, merge_step
@@ -83,38 +82,18 @@ class Report:
         )
 
 
-def merge(
+def merge_checkpoints(
     *,
-    base: epath.PathLike,
-    experts: Sequence[epath.PathLike],
-    output_dir: epath.PathLike,
-    method: Method | None = None,
-    methods: Mapping[str, Method] | None = None,
-    seed: int = 0,
-    output_dtype: str | None = None,
-    memory_budget_bytes: int = 1 << 30,
-    shard_bytes: int = 5_000_000_000,
-    stacked: Mapping[str, int] | None = None,
-    statistics: float = 1 / 64,
-    config_text: str = "",
     progress: Progress | None = None,
     log: Callable[[str], None] | None = None,
+    **settings: Any,
 ) -> Report:
     """Merges the experts into the base and writes the result.
 
     Args:
-      base, experts: checkpoints' folders; the experts were fine-tuned from the base.
-      output_dir: folder to be made. With `methods` each merge is a folder in it.
-      method: what to do; or methods: {name: method}, all from one read.
-      seed: of the keep masks.
-      output_dtype: float32, bfloat16 or float16; None keeps the type of each leaf of the base.
-      memory_budget_bytes: for the buffers of this process.
-      shard_bytes: most bytes of data in one output file.
-      stacked: {pattern of paths: axis over layers}; see `paths.Stacked`.
-      statistics: share of blocks from which statistics are gathered; 0 gathers none.
-      config_text: the configuration as it was resolved, kept in the manifest.
-      progress: told (phase, bytes done, bytes in all) after each piece.
+      progress: told (phase, bytes done, bytes in all) now and then.
       log: told of each phase in words.
+      settings: the fields of `engine.plan.Settings`; base, experts, output_dir and method (or methods) are needed.
 
     Returns:
       What was done. A second call with the same arguments and inputs returns at once.
@@ -122,20 +101,7 @@ def merge(
     Raises ValueError for everything that is wrong with arguments and inputs, OSError for what fails on the way; nothing
     has appeared under the output's name then.
     """
-    planned = plan(
-        base=base,
-        experts=experts,
-        output_dir=output_dir,
-        method=method,
-        methods=methods,
-        seed=seed,
-        output_dtype=output_dtype,
-        memory_budget_bytes=memory_budget_bytes,
-        shard_bytes=shard_bytes,
-        stacked=stacked,
-        statistics=statistics,
-    )
-    return run(planned, config_text=config_text, progress=progress, log=log)
+    return run(plan(Settings(**settings)), progress=progress, log=log)
 
 
 def run(
@@ -145,7 +111,10 @@ def run(
     progress: Progress | None = None,
     log: Callable[[str], None] | None = None,
 ) -> Report:
-    """Does what was planned and closes the plan's readers; arguments and errors as `merge`."""
+    """Does what was planned and closes the plan's readers; arguments and errors as `merge_checkpoints`.
+
+    `config_text` is the configuration as it was resolved, kept in the manifest.
+    """
     try:
         return _Run(planned, progress or (lambda *_: None), log or (lambda _: None)).run(
             config_text
@@ -167,12 +136,13 @@ class _Run:
         self.stream = Stream(
             planned.base,
             planned.experts,
-            seed=planned.seed,
+            seed=planned.settings.seed,
             limit=planned.limit,
             workers=planned.workers,
         )
         self.peak = PeakResident()
-        self.write_seconds = 0.0
+        self.write_seconds = 0.0  # of all workers together
+        self.commit_seconds = 0.0
         self.written = 0
         self.reads = 0
 
@@ -185,55 +155,50 @@ class _Run:
             staging.create(plan.identity)
         hosts.wait_for_all("staging is there")
         try:
-            with self._writers(staging.folder) as writers:
-                mine = self._mine(writers)
+            with self._opened(staging.folder) as outputs:
+                writer = next(iter(outputs.values())).writer
+                mine = [plan.base_specs[name] for name in writer.names_mine]
                 surveys = self._survey(mine)
-                statistics = self._merge(mine, surveys, writers)
+                statistics = self._merge(mine, surveys, outputs)
                 for reader in (plan.base, *plan.experts):
                     reader.check_unchanged()
-                self._commit_weights(writers)
-            self._finish(staging, writers, statistics, config_text)
+                self._commit_weights(outputs)
+            self._finish(staging, outputs, statistics, config_text)
         except BaseException:
             if jax.process_count() == 1:
                 staging.discard()
             raise
         return self._report(was_done=False)
 
-    # ---- which leaves are this host's ------------------------------------------------------------------------------
-
     @contextlib.contextmanager
-    def _writers(self, folder: epath.Path) -> Iterator[dict[str, safetensors.Writer]]:
-        """One writer per merge, each with this host's shards; what they wrote is removed if anything fails."""
+    def _opened(self, folder: epath.Path) -> Iterator[dict[str, Output]]:
+        """One output per merge, each with this host's shards; what was written is removed if anything fails."""
         plan, processes = self.plan, jax.process_count()
         total = sum(spec.nbytes for spec in plan.specs.values())
         # Shards are what hosts share out among themselves, so there must be enough of them.
-        shard_bytes = min(plan.shard_bytes, max(1, -(-total // processes)))
+        shard_bytes = min(plan.settings.shard_bytes, max(1, -(-total // processes)))
         shards = safetensors.plan_shards(plan.specs, shard_bytes)
         mine = [i for i in range(len(shards)) if i % processes == jax.process_index()]
-        writers: dict[str, safetensors.Writer] = {}
+        outputs: dict[str, Output] = {}
         try:
             for name in plan.merges:
                 target = folder / name if name else folder
                 target.mkdir(parents=True, exist_ok=True)
-                writers[name] = safetensors.Writer(
+                writer = safetensors.Writer(
                     target,
                     plan.specs,
                     shard_bytes=shard_bytes,
                     carry_from=plan.base.folder,
                     shards_mine=mine,
                     is_main=hosts.is_main(),
-                    config_dtype=plan.output_dtype,
+                    config_dtype=plan.settings.output_dtype,
                 )
-            yield writers
+                outputs[name] = Output(writer)
+            yield outputs
         except BaseException:
-            for writer in writers.values():
-                writer.abort()
+            for output in outputs.values():
+                output.writer.abort()
             raise
-
-    def _mine(self, writers: Mapping[str, safetensors.Writer]) -> list[LeafSpec]:
-        """This host's leaves, in the order in which the writers want them."""
-        writer = next(iter(writers.values()))
-        return [self.plan.base_specs[name] for name in writer.names_mine]
 
     # ---- first pass ------------------------------------------------------------------------------------------------
 
@@ -259,11 +224,11 @@ class _Run:
         total = self.plan.input_bytes // jax.process_count()
         start = self.stream.bytes_read
 
-        def after_piece() -> None:
+        def report() -> None:
             self.peak.look()
             self.progress(phase, min(self.stream.bytes_read - start, total), total)
 
-        self.stream.after_piece = after_piece
+        self.stream.while_running = report
         return self.stream
 
     # ---- second pass -----------------------------------------------------------------------------------------------
@@ -272,108 +237,77 @@ class _Run:
         self,
         mine: Sequence[LeafSpec],
         surveys: Mapping[Method, MethodSurvey],
-        writers: Mapping[str, safetensors.Writer],
+        outputs: Mapping[str, Output],
     ) -> dict[str, Statistics]:
         """Reads everything once more and writes every output; returns the statistics of this host's leaves."""
         stream = self._counted("merge")
         self.reads += 1
         self.log(
-            "reading all inputs and writing " + (", ".join(n for n in writers if n) or "the merge")
+            "reading all inputs and writing " + (", ".join(n for n in outputs if n) or "the merge")
         )
-        groups, names = group_by_scale(self.plan.merges)
-        asking = [surveys.get(without_scale(group.method)) for group in groups]
-        ordered = list(writers)
-        place = [names[name] for name in ordered]  # of each merge's output among the step's
-        methods = [
-            m if isinstance(m, TaskVectorMethod) else None for m in self.plan.merges.values()
-        ]
+        kernel = _Kernel(self.plan, surveys)
+        seconds: list[float] = []
 
-        def work(loaded: LoadedPiece) -> tuple[Piece, list[np.ndarray], Statistics | None]:
-            facts = tuple(Facts() if s is None else s.facts(loaded.tensor) for s in asking)
-            dtype = self.plan.specs[loaded.tensor.leaf.name].dtype
-            base, experts = loaded.on_devices()
-            outputs = merge_in_worker(
-                groups,
-                facts,
-                base,
-                experts,
-                loaded.keys,
-                loaded.offset,
-                geometry=loaded.geometry,
-                out_dtype=np.dtype(np.float32) if dtype == np.float64 else dtype,
-            )
-            outputs = [np.asarray(outputs[i])[: loaded.size] for i in place]
-            if not all(is_finite(output) for output in outputs):
-                stream.blame_not_finite(loaded)
-            found = None
-            if self.plan.statistics > 0:
-                by_merge = [
-                    Facts()
-                    if (s := surveys.get(without_scale(m))) is None
-                    else s.facts(loaded.tensor)
-                    for m in self.plan.merges.values()
-                ]
-                found = gather(loaded, methods, by_merge, self.plan.statistics)
-            if dtype == np.float64:
-                outputs = [output.astype(dtype) for output in outputs]
-            return loaded.piece, outputs, found
+        def work(piece: Piece) -> tuple[str, Statistics | None]:
+            if not piece.tensor.leaf.is_merged:
+                merged, found = [stream.read_copied(piece)] * len(outputs), None
+            else:
+                loaded = stream.load(piece)
+                merged = kernel.merge(loaded)
+                if not all(is_finite(each) for each in merged):
+                    stream.blame_not_finite(loaded)
+                found = kernel.statistics(loaded)
+            begun = time.perf_counter()
+            for output, each in zip(outputs.values(), merged, strict=True):
+                output.put(piece, each)
+            seconds.append(time.perf_counter() - begun)
+            return piece.tensor.leaf.name, found
 
         statistics: dict[str, Statistics] = {}
-        for leaf_run in _runs_of_kind(mine):
-            if not leaf_run[0].is_merged:
-                for leaf in leaf_run:
-                    self._copy(leaf, writers)
-                continue
-            tensors = [tensor for leaf in leaf_run for tensor in self.tensors[leaf.name]]
-            sinks = [LeafOutput(writers[name], self.plan.specs) for name in ordered]
-            for piece, outputs, found in stream.run(tensors, work):
-                begun = time.perf_counter()
-                for sink, output in zip(sinks, outputs, strict=True):
-                    sink.put(piece, output)
-                self.write_seconds += time.perf_counter() - begun
-                if found is not None:
-                    name = piece.tensor.leaf.name
-                    if name not in statistics:
-                        statistics[name] = Statistics(len(self.plan.experts), len(ordered))
-                    statistics[name].add(found)
-        return statistics
 
-    def _copy(self, leaf: LeafSpec, writers: Mapping[str, safetensors.Writer]) -> None:
-        """Copies a leaf that is not merged, after seeing that all experts share it."""
-        whole = Tensor(dataclasses.replace(leaf, stacked=None), None, leaf.name)
-        for piece in pieces_of(whole, self.plan.limit):
-            array = self.stream.read_copied(leaf, piece)
-            for writer in writers.values():
-                writer.write(leaf.name, piece.index, array)
+        def take(result: tuple[str, Statistics | None]) -> None:
+            name, found = result
+            if found is not None:
+                known = statistics.setdefault(
+                    name, Statistics(len(self.plan.experts), len(outputs))
+                )
+                known.add(found)
+
+        tensors = (
+            tensor
+            for leaf in mine
+            for tensor in (self.tensors[leaf.name] if leaf.is_merged else [copied_tensor(leaf)])
+        )
+        stream.run(stream.pieces(tensors), work, take)
+        self.write_seconds += sum(seconds)
+        return statistics
 
     # ---- the end ---------------------------------------------------------------------------------------------------
 
-    def _commit_weights(self, writers: Mapping[str, safetensors.Writer]) -> None:
+    def _commit_weights(self, outputs: Mapping[str, Output]) -> None:
         begun = time.perf_counter()
-        for writer in writers.values():
-            writer.commit()
-            self.written += sum(file["bytes"] for file in writer.files.values())
-        self.write_seconds += time.perf_counter() - begun
+        for output in outputs.values():
+            output.writer.commit()
+            self.written += output.nbytes
+        self.commit_seconds = time.perf_counter() - begun
 
     def _finish(
         self,
         staging: manifest.Staging,
-        writers: Mapping[str, safetensors.Writer],
+        outputs: Mapping[str, Output],
         statistics: Mapping[str, Statistics],
         config_text: str,
     ) -> None:
         """Gathers what all hosts know, writes statistics and manifests, and lets the output appear."""
         plan = self.plan
-        files = hosts.gather_json(
-            {n: {"files": w.files, "leaves": w.checksums} for n, w in writers.items()}
-        )
+        checksums = hosts.gather_json({name: each.checksums for name, each in outputs.items()})
         statistics = hosts.gather_json(
             {name: s.to_vector().tolist() for name, s in statistics.items()}
         )
         if hosts.is_main():
             known = {
                 name: Statistics.from_vector(
-                    np.array(vector), len(plan.experts), len(writers)
+                    np.array(vector), len(plan.experts), len(outputs)
                 ).scaled_to_all()
                 for host in statistics
                 for name, vector in host.items()
@@ -386,12 +320,10 @@ class _Run:
             }
             for number, (name, method) in enumerate(plan.merges.items()):
                 folder = staging.folder / name if name else staging.folder
-                if plan.statistics > 0:
+                if plan.settings.statistics > 0:
                     self._write_statistics(folder / STATISTICS_FILE, known, number)
                 record = {**shared, "method": repr(method)}
-                for part in ("files", "leaves"):
-                    record[part] = {k: v for host in files for k, v in host[name][part].items()}
-                record["leaves"] = {k: f"{crc:08x}" for k, crc in record["leaves"].items()}
+                record["checksums"] = {k: v for host in checksums for k, v in host[name].items()}
                 if name:
                     manifest.write(folder, record)
                 else:
@@ -423,7 +355,7 @@ class _Run:
         for statistics in known.values():
             total.add(statistics)
         described = {
-            "sampled_share": self.plan.statistics,
+            "sampled_share": self.plan.settings.statistics,
             "experts": [reader.location for reader in self.plan.experts],
             "model": total.described(number),
             "leaves": {name: statistics.described(number) for name, statistics in known.items()},
@@ -438,14 +370,51 @@ class _Run:
             bytes_read=self.stream.bytes_read,
             bytes_written=self.written,
             bytes_sampled=self.stream.bytes_sampled,
-            storage_seconds=self.stream.read_seconds / self.plan.workers + self.write_seconds,
+            storage_seconds=(self.stream.read_seconds + self.write_seconds) / self.plan.workers
+            + self.commit_seconds,
             peak_resident_bytes=self.peak.nbytes,
             reads=self.reads,
             was_done=was_done,
         )
 
 
-def _runs_of_kind(leaves: Sequence[LeafSpec]) -> Iterator[list[LeafSpec]]:
-    """Consecutive leaves that are all merged or all copied."""
-    for _, run in itertools.groupby(leaves, key=lambda leaf: leaf.is_merged):
-        yield list(run)
+class _Kernel:
+    """What a worker does to a piece in memory, with what the surveys found."""
+
+    def __init__(self, plan: Plan, surveys: Mapping[Method, MethodSurvey]):
+        self._plan = plan
+        self._groups, names = group_by_scale(plan.merges)
+        self._asking = [surveys.get(without_scale(group.method)) for group in self._groups]
+        self._place = [names[name] for name in plan.merges]  # of each output among the step's
+        self._methods = [
+            m if isinstance(m, TaskVectorMethod) else None for m in plan.merges.values()
+        ]
+        self._asking_each = [surveys.get(without_scale(m)) for m in plan.merges.values()]
+
+    def merge(self, loaded: LoadedPiece) -> list[np.ndarray]:
+        """The piece by every merge, 1-D, in the output's dtype."""
+        dtype = self._plan.specs[loaded.tensor.leaf.name].dtype
+        base, experts = loaded.on_devices()
+        outputs = merge_in_worker(
+            self._groups,
+            _facts(self._asking, loaded.tensor),
+            base,
+            experts,
+            loaded.keys,
+            loaded.offset,
+            geometry=loaded.geometry,
+            out_dtype=np.dtype(np.float32) if dtype == np.float64 else dtype,
+        )
+        arrays = [np.asarray(outputs[i])[: loaded.size] for i in self._place]
+        return [array.astype(dtype) for array in arrays] if dtype == np.float64 else arrays
+
+    def statistics(self, loaded: LoadedPiece) -> Statistics | None:
+        """Of the piece's sampled blocks; None where none are wanted."""
+        share = self._plan.settings.statistics
+        if share == 0:
+            return None
+        return gather(loaded, self._methods, _facts(self._asking_each, loaded.tensor), share)
+
+
+def _facts(surveys: Sequence[MethodSurvey | None], tensor: Tensor) -> tuple[Facts, ...]:
+    return tuple(Facts() if s is None else s.facts(tensor) for s in surveys)

@@ -2,7 +2,7 @@
 
 A format is one file of this folder with a `Reader` and a `Writer` (see `safetensors.py`, `memory.py`). A reader tells
 what is stored without reading any array (`specs`), and reads exactly the bytes of a slice (`read`). A writer is told
-all leaves beforehand, receives their slices in storage order, and makes nothing visible before `commit`.
+all leaves beforehand, receives their boxes from many threads, and makes nothing visible before `commit`.
 """
 
 from __future__ import annotations
@@ -90,8 +90,13 @@ class Reader(Protocol):
 class Writer(Protocol):
     """One checkpoint being written. Nothing is visible under its final name before `commit`."""
 
+    @property
+    def names_mine(self) -> list[str]:
+        """The leaves that this process writes, in storage order."""
+        ...
+
     def write(self, name: str, index: Index, array: np.ndarray) -> None:
-        """Stores a box (C order). Boxes arrive in storage order, whole leaves one after another, from one thread."""
+        """Stores a box (C order). Thread-safe; boxes come in any order, near that of storage, each element once."""
         ...
 
     def commit(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -70,17 +71,24 @@ class Writer:
     def __init__(self, specs: Mapping[str, LeafSpec]):
         self._arrays = {name: np.empty(spec.shape, spec.dtype) for name, spec in specs.items()}
         self._missing = {name: spec.size for name, spec in specs.items()}  # elements
+        self._lock = threading.Lock()
         self.arrays: Mapping[str, np.ndarray] = {}
 
+    @property
+    def names_mine(self) -> list[str]:
+        """All leaves."""
+        return list(self._missing)
+
     def write(self, name: str, index: Index, array: np.ndarray) -> None:
-        """Stores a box, [*box] in the leaf's dtype."""
+        """Stores a box, [*box] in the leaf's dtype. Any thread, any order."""
         box = self._arrays[name][(*index, ...)]
         if (array.shape, array.dtype) != (box.shape, box.dtype):
             raise ValueError(
                 f"{name}: got {array.dtype}{list(array.shape)}, wanted {box.dtype}{list(box.shape)}"
             )
         box[...] = array
-        self._missing[name] -= box.size
+        with self._lock:
+            self._missing[name] -= box.size
 
     def commit(self) -> None:
         """Makes `arrays` visible."""

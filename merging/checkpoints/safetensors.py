@@ -2,8 +2,8 @@
 
 What it promises. Reading: a file is taken only if its header says where every byte of it belongs,
 and all that is wrong is told before any array is read; `read` touches the bytes of the box and no
-others. Writing: shards and index as `transformers` writes them, in one sequential pass without a
-copy of the arrays, synced to disk while others compute, with checksums.
+others. Writing: shards and index as `transformers` writes them, piece by piece in any order without a
+copy of the arrays, synced to disk while others compute.
 
 Format: https://github.com/huggingface/safetensors#format (see `safetensors_header.py`); what lies
 beside the arrays is in `huggingface.py`. What it leaves out: quantised and complex types,
@@ -12,7 +12,6 @@ big-endian hosts, and the rename that makes a written folder visible (the caller
 
 from __future__ import annotations
 
-import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -22,12 +21,11 @@ import json
 import math
 import os
 import sys
+import threading
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from typing import BinaryIO
 
 import numpy as np
-from crc32c import crc32c
 from etils import epath
 
 from merging.checkpoints.format import CheckpointError, Index, LeafSpec
@@ -39,7 +37,7 @@ from merging.checkpoints.huggingface import (
     shard_names,
 )
 from merging.checkpoints.safetensors_header import build_header, read_header, refuse, show
-from merging.checkpoints.storage import ByteSource, is_local, start_writeback
+from merging.checkpoints.storage import ByteSink, ByteSource, is_local
 
 assert sys.byteorder == "little", "safetensors data are little-endian, and so must the host be"
 
@@ -219,14 +217,6 @@ def _bytes_of(array: np.ndarray) -> np.ndarray:
 
 # --- Writing ------------------------------------------------------------------------------------
 
-# Bytes after which a local disk is told to begin writing them. Left alone, Linux keeps up to a tenth of memory dirty and
-# then stalls the writer, or commit, for all of it. Smaller: more calls for nothing. Larger: longer bursts, for which
-# the next writes wait (64 MiB: four times as long as 16), and the last, which nothing overlaps, grows.
-_WRITEBACK_BYTES = 16 << 20
-# Bytes checksummed and written at a time: still in the core's cache for the second checksum and the
-# write.
-_CHUNK_BYTES = 1 << 20
-
 _METADATA = types.MappingProxyType({"format": "pt"})  # transformers refuses a file without it
 
 
@@ -246,11 +236,11 @@ def plan_shards(specs: Mapping[str, LeafSpec], shard_bytes: int) -> list[list[st
 
 
 class Writer:
-    """A checkpoint being written into a staging folder, which the caller renames when all is done.
+    """A checkpoint being written into a staging folder, which the caller renames when all is done. Thread-safe.
 
     Args:
       folder: exists; only this writer's own files are made or removed in it.
-      specs: all leaves in the order in which their boxes will arrive.
+      specs: all leaves, in the order in which they will lie in the files.
       shard_bytes: of data per file, see `plan_shards`.
       carry_from: a Hugging Face folder whose config and tokenizer files go along.
       metadata: strings for each header.
@@ -260,8 +250,6 @@ class Writer:
 
     Attributes:
       shards: names per shard, all of them.
-      checksums: crc32c per leaf written by this process, complete after `commit`.
-      files: {file: {"bytes", "crc32c" (8 hex digits)}} of every file this process wrote.
 
     Raises ValueError for a leaf that the format can't hold, CheckpointError for a config that can't
     be carried, both before anything is written. OSErrors name the file.
@@ -283,66 +271,62 @@ class Writer:
         self._specs = specs
         self._is_main = is_main
         self.shards = plan_shards(specs, shard_bytes)
-        self.checksums: dict[str, int] = {}
-        self.files: dict[str, dict[str, int | str]] = {}
         names = shard_names(len(self.shards))
         mine = range(len(self.shards)) if shards_mine is None else sorted(set(shards_mine))
         assert all(0 <= i < len(names) for i in mine), f"shards {mine} of {len(names)}"
-        shards = {
-            _File(self._folder / names[i]): [specs[name] for name in self.shards[i]] for i in mine
+        self._files = [
+            _Shard(self._folder / names[i], [specs[name] for name in self.shards[i]], metadata)
+            for i in mine
+        ]
+        self._places = {
+            name: (shard, offset) for shard in self._files for name, offset in shard.offsets.items()
         }
-        self._heads = {file: build_header(leaves, metadata) for file, leaves in shards.items()}
-        self._leaves = [(file, spec) for file, leaves in shards.items() for spec in leaves]
         self._carried = carried_files(carry_from, config_dtype) if is_main else {}
-        self._at = 0  # the leaf whose turn it is
-        self._filled = 0  # elements of it written
-        self._crc = 0  # of those
-        self._opened: list[_File] = []
+        self._small: list[ByteSink] = []
         # One worker: the disk is one. Its errors surface at the next write or commit.
         self._disk = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="disk")
-        self._tasks: collections.deque[concurrent.futures.Future[None]] = collections.deque()
+        self._closing: list[concurrent.futures.Future[None]] = []
+        self._lock = threading.Lock()
 
     @property
     def names_mine(self) -> list[str]:
-        """The leaves that this process writes, in the order in which it wants them."""
-        return [spec.name for _, spec in self._leaves]
+        """The leaves that this process writes, in the order of the files."""
+        return list(self._places)
 
     def write(self, name: str, index: Index, array: np.ndarray) -> None:
-        """Appends a box, [*box] in the leaf's dtype. One thread; see `format.Writer` for the order.
+        """Stores a box, [*box] in the leaf's dtype. Any thread, any order (near that of the files is best).
 
         A leaf without elements may be written or left out.
         """
-        self._raise_disk_errors()
-        self._skip_empty(until=name)
-        assert self._at < len(self._leaves), f"{name} came after all leaves of this writer"
-        file, spec = self._leaves[self._at]
-        assert name == spec.name, (
-            f"{name} came out of order: it is the turn of {spec.name}, of which {self._filled} of "
-            f"{spec.size} elements are written"
-        )
+        shard, offset = self._places[name]
+        spec = self._specs[name]
         box = _box_shape(spec, index)
         if (array.shape, array.dtype) != (box, spec.dtype):
             raise ValueError(
                 f"{name}: got {array.dtype}{list(array.shape)}, wanted {spec.dtype}{list(box)}"
             )
-        if array.size:
-            run, starts = _runs(spec.shape, index)
-            assert run == array.size and next(starts) == self._filled, (
-                f"{name}: box {index} is not what follows the first {self._filled} elements of "
-                f"shape {spec.shape}"
+        if not array.size:
+            return
+        buffer = memoryview(_bytes_of(np.ascontiguousarray(array)))
+        run, starts = _runs(spec.shape, index)
+        run_bytes = run * spec.dtype.itemsize
+        sink = self._opened(shard)
+        for position, start in enumerate(starts):
+            sink.write(
+                offset + start * spec.dtype.itemsize,
+                buffer[position * run_bytes : (position + 1) * run_bytes],
             )
-            self._append(file, _bytes_of(np.ascontiguousarray(array)))
-            self._filled += array.size
-        if self._filled == spec.size:
-            self._end_leaf()
+        if sink.nbytes == shard.nbytes:
+            self._close(shard)
 
     def commit(self) -> None:
         """Files and folder are on disk when it returns, index and carried files among them."""
-        self._skip_empty(until=None)
-        missing = [spec.name for _, spec in self._leaves[self._at :]]
-        assert not missing, f"commit before these leaves were written whole: {show(missing)}"
-        for file in self._heads:
-            self._close(file)
+        for shard in self._files:
+            sink = self._opened(shard)  # one whose leaves are all empty has only its header
+            assert sink.nbytes == shard.nbytes, (
+                f"commit with {sink.nbytes} of {shard.nbytes} bytes in {shard.path}"
+            )
+            self._close(shard)
         self._disk.shutdown(wait=True)
         self._raise_disk_errors()
         if self._is_main:
@@ -356,116 +340,58 @@ class Writer:
     def abort(self) -> None:
         """Removes the files of this writer. Raises nothing for a disk that already failed."""
         self._disk.shutdown(wait=True, cancel_futures=True)
-        for file in self._opened:
-            file.discard()
+        for sink in [shard.sink for shard in self._files if shard.sink] + self._small:
+            sink.discard()
 
-    def _append(self, file: _File, data: np.ndarray) -> None:
-        """data: [n] uint8, the next bytes of the current leaf."""
-        self._open(file)
-        for start in range(0, len(data), _CHUNK_BYTES):
-            chunk = data[start : start + _CHUNK_BYTES]
-            self._crc = crc32c(chunk, self._crc)
-            file.append(chunk)
-            if file.waiting_bytes >= _WRITEBACK_BYTES:
-                file.begin_writeback()
+    def _opened(self, shard: _Shard) -> ByteSink:
+        if shard.sink is None or self._closing:
+            with self._lock:
+                self._raise_disk_errors()
+                if shard.sink is None:
+                    sink = ByteSink(shard.path)
+                    sink.write(0, memoryview(shard.header))
+                    shard.sink = sink
+        return shard.sink
 
-    def _end_leaf(self) -> None:
-        file, spec = self._leaves[self._at]
-        self.checksums[spec.name] = self._crc
-        self._at += 1
-        self._filled = self._crc = 0
-        if self._at == len(self._leaves) or self._leaves[self._at][0] is not file:
-            self._close(file)
-
-    def _skip_empty(self, until: str | None) -> None:
-        while self._at < len(self._leaves):
-            spec = self._leaves[self._at][1]
-            if spec.size or spec.name == until:
-                return
-            self._end_leaf()
-
-    def _open(self, file: _File) -> None:
-        if file not in self._opened:
-            self._opened.append(file)
-            file.open()
-            file.append(np.frombuffer(self._heads[file], np.uint8))
-
-    def _close(self, file: _File) -> None:
-        """In the background. A file whose leaves are all empty has only its header."""
-        if file.path.name not in self.files:
-            self._open(file)
-            self.files[file.path.name] = file.summary()
-            self._tasks.append(self._disk.submit(file.close))
+    def _close(self, shard: _Shard) -> None:
+        """In the background, once."""
+        with self._lock:
+            if not shard.is_closing:
+                shard.is_closing = True
+                self._closing.append(self._disk.submit(shard.sink.close))
 
     def _put(self, name: str, content: bytes) -> None:
         """A small file, whole."""
-        file = _File(self._folder / name)
-        self._opened.append(file)
-        file.open()
-        file.append(np.frombuffer(content, np.uint8))
-        file.close()
-        self.files[name] = file.summary()
+        sink = ByteSink(self._folder / name)
+        self._small.append(sink)
+        sink.write(0, memoryview(content))
+        sink.close()
 
     def _raise_disk_errors(self) -> None:
-        while self._tasks and self._tasks[0].done():
-            self._tasks[0].result()  # a failed one stays: what it lost is not on disk later either
-            self._tasks.popleft()
+        for task in self._closing:
+            if task.done():
+                task.result()
 
 
-class _File:
-    """A file being appended to, with its checksum. Its OSErrors carry its name."""
+class _Shard:
+    """One file to be.
 
-    def __init__(self, path: epath.Path):
+    Attributes:
+      header: its first bytes.
+      offsets: of each leaf's first byte, from the beginning of the file.
+      nbytes: of the whole file.
+    """
+
+    def __init__(self, path: epath.Path, leaves: Sequence[LeafSpec], metadata: Mapping[str, str]):
         self.path = path
-        self.is_local = is_local(path)
-        self.waiting_bytes = 0  # since the disk was last told to write
-        self._nbytes = 0
-        self._crc = 0
-        self._closing = contextlib.ExitStack()
-        self._handle: BinaryIO | None = None
-
-    def open(self) -> None:
-        with self._naming():
-            self._handle = self._closing.enter_context(self.path.open("wb"))
-
-    def append(self, data: np.ndarray) -> None:
-        """data: [n] uint8."""
-        self._crc = crc32c(data, self._crc)
-        with self._naming():
-            # TensorFlow's GFile takes nothing but bytes.
-            self._handle.write(data if self.is_local else data.tobytes())
-        self._nbytes += len(data)
-        self.waiting_bytes += len(data)
-
-    def begin_writeback(self) -> None:
-        """Has a local disk begin on what waits, without waiting for it; its errors surface when the file is closed."""
-        if self.is_local:
-            start_writeback(
-                self._handle.fileno(), self._nbytes - self.waiting_bytes, self.waiting_bytes
-            )
-        self.waiting_bytes = 0
-
-    def close(self) -> None:
-        with self._naming(), self._closing:
-            if self.is_local:
-                self._handle.flush()
-                os.fsync(self._handle.fileno())
-
-    def discard(self) -> None:
-        with contextlib.suppress(OSError):
-            self._closing.close()
-        self.path.unlink(missing_ok=True)
-
-    def summary(self) -> dict[str, int | str]:
-        return {"bytes": self._nbytes, "crc32c": f"{self._crc:08x}"}
-
-    @contextlib.contextmanager
-    def _naming(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            message = error.strerror or str(error)
-            raise OSError(error.errno, message, os.fspath(self.path)) from error
+        self.header = build_header(leaves, metadata)
+        self.offsets: dict[str, int] = {}
+        self.nbytes = len(self.header)
+        for spec in leaves:
+            self.offsets[spec.name] = self.nbytes
+            self.nbytes += spec.nbytes
+        self.sink: ByteSink | None = None
+        self.is_closing = False
 
 
 def _sync_folder(folder: epath.Path) -> None:

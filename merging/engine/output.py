@@ -1,41 +1,45 @@
-"""Merged pieces on their way to a writer: checked, and put together where their order in the file is another."""
+"""Merged pieces on their way to a writer: checked, summed and recorded."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
 
 import numpy as np
+from crc32c import crc32c
 
-from merging.checkpoints.format import Index, LeafSpec, Writer
-from merging.engine.pieces import Piece, is_interleaved
+from merging.checkpoints.format import Index, Writer
+from merging.engine.pieces import Piece
 
 
-class LeafOutput:
-    """Takes one merge's pieces in the order in which they were cut and hands them on in storage order.
+class Output:
+    """One merge's output. Thread-safe.
 
-    Pieces of most leaves are handed on at once. The layers of a leaf that is stacked along an inner axis interleave in
-    the file: such a leaf is put together in memory first (`plan` has checked that it fits).
+    Attributes:
+      checksums: {leaf: {box: crc32c}}, as the manifest has them: the box as `0:128,0:960`, the checksum of its bytes in C
+        order as 8 hex digits.
+      nbytes: of the data written.
     """
 
-    def __init__(self, writer: Writer, specs: Mapping[str, LeafSpec]):
-        self._writer, self._specs = writer, specs
-        self._leaf: np.ndarray | None = None
-        self._filled = 0
+    def __init__(self, writer: Writer):
+        self.writer = writer
+        self.checksums: dict[str, dict[str, str]] = {}
+        self.nbytes = 0
+        self._lock = threading.Lock()
 
     def put(self, piece: Piece, merged: np.ndarray) -> None:
-        """`merged`: 1-D, as many elements as the piece has, in the leaf's output dtype."""
-        leaf = piece.tensor.leaf
-        if not is_interleaved(leaf):
-            self._writer.write(leaf.name, piece.index, merged.reshape(piece.shape))
-            return
-        if self._leaf is None:
-            self._leaf, self._filled = np.empty(leaf.shape, self._specs[leaf.name].dtype), 0
-        self._leaf[piece.index] = merged.reshape(piece.shape)
-        self._filled += piece.size
-        if self._filled == leaf.size:
-            whole: Index = tuple(slice(0, n) for n in leaf.shape)
-            self._writer.write(leaf.name, whole, self._leaf)
-            self._leaf = None
+        """`merged`: as many elements as the piece has, in the leaf's output dtype."""
+        name = piece.tensor.leaf.name
+        checksum = crc32c(merged.reshape(-1).view(np.uint8))
+        self.writer.write(name, piece.index, merged.reshape(piece.shape))
+        with self._lock:
+            of_leaf = self.checksums.setdefault(name, {})
+            of_leaf[box_text(piece.index)] = f"{checksum:08x}"
+            self.nbytes += merged.nbytes
+
+
+def box_text(index: Index) -> str:
+    """`0:128,0:960`; empty for a scalar."""
+    return ",".join(f"{part.start}:{part.stop}" for part in index)
 
 
 def is_finite(array: np.ndarray) -> bool:

@@ -88,6 +88,11 @@ class Piece:
         return np.array([self.start & 0xFFFFFFFF, self.start >> 32], np.uint32)
 
 
+def copied_tensor(leaf: LeafSpec) -> Tensor:
+    """A leaf that is not merged, as one tensor whatever its layers."""
+    return Tensor(dataclasses.replace(leaf, stacked=None), None, leaf.name)
+
+
 def tensors_of(leaf: LeafSpec, stacked: Stacked) -> list[Tensor]:
     """The tensors of a leaf, in the order of their layers."""
     if leaf.stacked is None:
@@ -132,9 +137,9 @@ def piece_at(tensor: Tensor, start: int, limit: int) -> Piece:
 def bytes_per_element(
     base: LeafSpec, experts: Sequence[LeafSpec], outputs: int, out_itemsize: int, workers: int
 ) -> int:
-    """Bytes that one element of a piece takes in all workers: inputs and scratch of each, outputs waiting in line."""
+    """Bytes that one element of a piece takes in all workers: inputs, scratch and outputs of each."""
     inputs = base.dtype.itemsize + sum(e.dtype.itemsize for e in experts)
-    return workers * (inputs + SCRATCH_BYTES) + (2 * workers + 1) * outputs * out_itemsize
+    return workers * (inputs + SCRATCH_BYTES + outputs * out_itemsize)
 
 
 def piece_limit(*, budget_bytes: int, per_element: int, name: str) -> int:
@@ -150,8 +155,3 @@ def piece_limit(*, budget_bytes: int, per_element: int, name: str) -> int:
             " MEMORY_BUDGET_BYTES or merge fewer experts or methods at once"
         )
     return min(PIECE_ELEMENTS, 1 << (fitting.bit_length() - 1))
-
-
-def is_interleaved(spec: LeafSpec) -> bool:
-    """Whether the layers of a stacked leaf are not one after another in C order."""
-    return spec.stacked is not None and math.prod(spec.shape[: spec.stacked]) > 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from merging import manifest
 from merging.checkpoints import open_checkpoint
 from merging.checkpoints.format import LeafSpec, Reader
 from merging.engine.compatible import check_compatible, with_stacked
-from merging.engine.pieces import bytes_per_element, is_interleaved, piece_limit
+from merging.engine.pieces import bytes_per_element, piece_limit
 from merging.methods.method import Method
 from merging.paths import Stacked
 
@@ -25,20 +24,53 @@ OUTPUT_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What to merge and how: all that a merge can be told.
+
+    Attributes:
+      base, experts: checkpoints' folders; the experts were fine-tuned from the base.
+      output_dir: folder to be made. With `methods` each merge is a folder in it.
+      method: what to do; or methods: {name: method}, all from one read.
+      seed: of the keep masks.
+      output_dtype: float32, bfloat16 or float16; None keeps the type of each leaf of the base.
+      memory_budget_bytes: for the buffers of this process.
+      shard_bytes: most bytes of data in one output file.
+      stacked: {pattern of paths: axis over layers}; see `paths.Stacked`.
+      statistics: share of blocks from which statistics are gathered; 0 gathers none.
+    """
+
+    base: epath.PathLike
+    experts: Sequence[epath.PathLike]
+    output_dir: epath.PathLike
+    method: Method | None = None
+    methods: Mapping[str, Method] | None = None
+    seed: int = 0
+    output_dtype: str | None = None
+    memory_budget_bytes: int = 1 << 30
+    shard_bytes: int = 5_000_000_000
+    stacked: Mapping[str, int] | None = None
+    statistics: float = 1 / 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
     """What a merge will do; made from headers alone.
 
     Attributes:
+      settings: as they were given.
       base, experts: open readers.
       output: the folder to be.
       merges: method by name; a single one is named "".
       outputs: folder by the same names: the output itself for "", else folders in it.
       specs: leaves of the output, in storage order.
-      copied: names of the leaves that are copied from the base.
+      stacked: which leaves hold a tensor for each layer.
+      limit: elements of the largest piece.
+      workers: threads.
       passes: reads of all inputs that are certain, the merge's own included.
       is_done: the output is there, made from these inputs with these settings.
     """
 
+    settings: Settings
     base: Reader
     experts: tuple[Reader, ...]
     output: epath.Path
@@ -47,13 +79,8 @@ class Plan:
     specs: Mapping[str, LeafSpec]
     base_specs: Mapping[str, LeafSpec]
     stacked: Stacked
-    seed: int
-    shard_bytes: int
-    output_dtype: str | None
-    budget_bytes: int
     limit: int
     workers: int
-    statistics: float
     passes: int
     is_done: bool
     identity: Mapping[str, Any]
@@ -88,8 +115,8 @@ class Plan:
                 for name, method in self.merges.items()
             ),
             f"reads      {self.passes} of {size_text(self.input_bytes)}",
-            f"writes     {size_text(self.output_bytes)} as {self.output_dtype or 'the type of each leaf of the base'}",
-            f"memory     {size_text(self.budget_bytes)}: pieces of {self.limit:,} elements in {self.workers} workers",
+            f"writes     {size_text(self.output_bytes)} as {self.settings.output_dtype or 'the type of each leaf of the base'}",
+            f"memory     {size_text(self.settings.memory_budget_bytes)}: pieces of {self.limit:,} elements in {self.workers} workers",
         ]
         if self.is_done:
             lines.append(
@@ -98,56 +125,25 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan(
-    *,
-    base: epath.PathLike,
-    experts: Sequence[epath.PathLike],
-    output_dir: epath.PathLike,
-    method: Method | None = None,
-    methods: Mapping[str, Method] | None = None,
-    seed: int = 0,
-    output_dtype: str | None = None,
-    memory_budget_bytes: int = 1 << 30,
-    shard_bytes: int = 5_000_000_000,
-    stacked: Mapping[str, int] | None = None,
-    statistics: float = 1 / 64,
-) -> Plan:
-    """Checks everything that can be known from headers. Arguments as `merge`.
+def plan(settings: Settings) -> Plan:
+    """Checks everything that can be known from headers.
 
     Raises ValueError (CheckpointError, OutputError) saying what was found, wanted, where, and what to do.
     """
-    merges = _merges(method, methods)
-    if isinstance(experts, str | os.PathLike):
-        raise ValueError(f"experts is {experts!r}: give a list of folders")
-    if not experts:
-        raise ValueError("no experts: EXPERTS is empty; name at least one fine-tuned checkpoint")
-    for each in merges.values():
-        each.check(len(experts))
-        if each.kind == "whole":
-            raise ValueError(
-                f"{type(each).__name__} needs whole tensors, which the stream does not hand out yet:"
-                " use merging.merge_params on parameters in memory"
-            )
-    if output_dtype is not None and output_dtype not in OUTPUT_DTYPES:
-        raise ValueError(
-            f"output_dtype is {output_dtype!r}: choose one of {', '.join(OUTPUT_DTYPES)}"
-        )
-    if not 0 <= statistics <= 1:
-        raise ValueError(f"statistics is {statistics}: the share of blocks to sample, from 0 to 1")
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise ValueError(f"seed is {seed!r}: give an integer")
-    output = epath.Path(output_dir)
-    _check_apart(output, [base, *experts])
+    merges = _merges(settings.method, settings.methods)
+    _check_settings(settings, merges)
+    output = epath.Path(settings.output_dir)
+    inputs = (settings.base, *settings.experts)
+    _check_apart(output, inputs)
 
     with contextlib.ExitStack() as opened:
         base_reader, *readers = (
-            opened.enter_context(contextlib.closing(open_checkpoint(path)))
-            for path in (base, *experts)
+            opened.enter_context(contextlib.closing(open_checkpoint(path))) for path in inputs
         )
         check_compatible(base_reader, readers)
-        patterns = Stacked(stacked)
-        base_specs = with_stacked(base_reader.specs(), patterns)
-        dtype = None if output_dtype is None else np.dtype(output_dtype)
+        stacked = Stacked(settings.stacked)
+        base_specs = with_stacked(base_reader.specs(), stacked)
+        dtype = None if settings.output_dtype is None else np.dtype(settings.output_dtype)
         specs = {
             name: dataclasses.replace(spec, dtype=dtype)
             if dtype is not None and spec.is_merged
@@ -155,17 +151,18 @@ def plan(
             for name, spec in base_specs.items()
         }
         workers = max(2, os.cpu_count() or 1)
-        limit = _limit(base_specs, readers, specs, len(merges), memory_budget_bytes, workers)
-        _check_assembled(base_specs, specs, len(merges), memory_budget_bytes)
+        limit = _limit(
+            base_specs, readers, specs, len(merges), settings.memory_budget_bytes, workers
+        )
 
         identity = {
             "stage": "merge",
             "merges": {name: repr(each) for name, each in merges.items()},
-            "seed": seed,
-            "output_dtype": output_dtype,
-            "shard_bytes": shard_bytes,
-            "stacked": patterns.patterns,
-            "statistics": statistics,
+            "seed": settings.seed,
+            "output_dtype": settings.output_dtype,
+            "shard_bytes": settings.shard_bytes,
+            "stacked": stacked.patterns,
+            "statistics": settings.statistics,
             "base": base_reader.digest(),
             "experts": [reader.digest() for reader in readers],
         }
@@ -175,6 +172,7 @@ def plan(
             _check_free_space(output, len(merges) * sum(spec.nbytes for spec in specs.values()))
         asking = [each for each in merges.values() if each.asks_survey]
         planned = Plan(
+            settings=settings,
             base=base_reader,
             experts=tuple(readers),
             output=output,
@@ -182,14 +180,9 @@ def plan(
             outputs=outputs,
             specs=specs,
             base_specs=base_specs,
-            stacked=patterns,
-            seed=seed,
-            shard_bytes=shard_bytes,
-            output_dtype=output_dtype,
-            budget_bytes=memory_budget_bytes,
+            stacked=stacked,
             limit=limit,
             workers=workers,
-            statistics=statistics,
             passes=1
             + bool(any(m.trim_fraction or m.asks_majority for m in asking))
             + any(m.asks_l1 for m in asking),
@@ -217,6 +210,31 @@ def _merges(method: Method | None, methods: Mapping[str, Method] | None) -> dict
         if not isinstance(each, Method):
             raise ValueError(f"{name or 'METHOD'} is {each!r}: give a merge method, such as Ties()")
     return merges
+
+
+def _check_settings(settings: Settings, merges: Mapping[str, Method]) -> None:
+    """Raises ValueError for what is wrong whatever the inputs hold."""
+    if isinstance(settings.experts, str | os.PathLike):
+        raise ValueError(f"experts is {settings.experts!r}: give a list of folders")
+    if not settings.experts:
+        raise ValueError("no experts: EXPERTS is empty; name at least one fine-tuned checkpoint")
+    for each in merges.values():
+        each.check(len(settings.experts))
+        if each.kind == "whole":
+            raise ValueError(
+                f"{type(each).__name__} needs whole tensors, which the stream does not hand out yet:"
+                " use merging.merge_params on parameters in memory"
+            )
+    if settings.output_dtype is not None and settings.output_dtype not in OUTPUT_DTYPES:
+        raise ValueError(
+            f"output_dtype is {settings.output_dtype!r}: choose one of {', '.join(OUTPUT_DTYPES)}"
+        )
+    if not 0 <= settings.statistics <= 1:
+        raise ValueError(
+            f"statistics is {settings.statistics}: the share of blocks to sample, from 0 to 1"
+        )
+    if not isinstance(settings.seed, int) or isinstance(settings.seed, bool):
+        raise ValueError(f"seed is {settings.seed!r}: give an integer")
 
 
 def _check_apart(output: epath.Path, inputs: Sequence[epath.PathLike]) -> None:
@@ -272,24 +290,6 @@ def _limit(
         default=(1, "nothing"),
     )
     return piece_limit(budget_bytes=budget_bytes, per_element=widest, name=name)
-
-
-def _check_assembled(
-    base_specs: Mapping[str, LeafSpec],
-    specs: Mapping[str, LeafSpec],
-    merges: int,
-    budget_bytes: int,
-) -> None:
-    """Raises ValueError for a leaf whose layers interleave on disk and that is too large to put together in memory."""
-    for name, spec in base_specs.items():
-        if is_interleaved(spec):
-            needed = merges * math.prod(spec.shape) * specs[name].dtype.itemsize
-            if needed > budget_bytes:
-                raise ValueError(
-                    f"leaf {name} is stacked along axis {spec.stacked}, so its layers interleave in the file and the merged"
-                    f" leaf is put together in memory: that takes {needed:,} bytes, more than the budget of"
-                    f" {budget_bytes:,}; raise MEMORY_BUDGET_BYTES or merge by fewer methods at once"
-                )
 
 
 def size_text(nbytes: float) -> str:

@@ -1,9 +1,9 @@
 """Reads checkpoints piece by piece, many pieces at once, within a budget of bytes.
 
-Each worker thread reads the same piece of every input into buffers of its own, runs a jitted step on it and hands back
-the result; results come out in storage order. Reading, computing and writing of different pieces thereby overlap, and
-what a worker reads is still in its core's cache when the step wants it. Memory is the buffers and the results that
-wait in line: it does not grow with the size of the model.
+Each worker thread takes a piece, reads it from every input into buffers of its own, runs a jitted step on it and writes
+what comes out, then takes the next. Reading, computing and writing of different pieces thereby overlap, what a worker
+reads is still in its core's cache when the step and the writer want it, and no thread waits for another. Memory is the
+buffers of the workers: it does not grow with the size of the model.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent import futures
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import jax
@@ -21,12 +21,13 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from merging.checkpoints.format import CheckpointError, LeafSpec, Reader
+from merging.checkpoints.format import CheckpointError, Reader
 from merging.engine.pieces import Piece, Tensor, pieces_of
 from merging.engine.step import Geometry
 
 Result = TypeVar("Result")
 
+SECONDS_BETWEEN_REPORTS = 0.05
 ALIGNMENT = 64  # bytes; XLA:CPU takes numpy memory as it is only where it is aligned so
 
 
@@ -90,28 +91,59 @@ class Stream:
         self.bytes_read = 0  # by passes over the inputs
         self.bytes_sampled = 0  # beside them, before the first
         self.read_seconds = 0.0  # of all workers together
-        self.after_piece: Callable[[], None] = lambda: None
+        self.while_running: Callable[[], None] = lambda: (
+            None
+        )  # now and then, in the caller's thread
         self._lock = threading.Lock()
         self._local = threading.local()
         self._keys: dict[str, np.ndarray] = {}
 
     def run(
-        self, tensors: Iterable[Tensor], work: Callable[[LoadedPiece], Result]
-    ) -> Iterator[Result]:
-        """Loads each piece of the tensors and works on it, in threads; yields the results in order.
+        self,
+        pieces: Iterable[Piece],
+        work: Callable[[Piece], Result],
+        take: Callable[[Result], None],
+    ) -> None:
+        """Works on every piece, in threads; `take` gets each result, one at a time but in any order.
 
-        The first error of any piece is raised as soon as the pieces before it are done, and no further piece is begun.
+        Pieces are begun in their order. After an error no further piece is begun, and the error of the earliest piece
+        is raised once all workers have stopped.
         """
-        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="merge")
-        pieces = (piece for tensor in tensors for piece in pieces_of(tensor, self.limit))
-        try:
-            for result in in_order(
-                pool, lambda piece: work(self.load(piece)), pieces, ahead=2 * self.workers
-            ):
-                yield result
-                self.after_piece()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        numbered = enumerate(pieces)
+        errors: dict[int, BaseException] = {}
+        stopped = threading.Event()
+        taking = threading.Lock()
+
+        def worker() -> None:
+            while not stopped.is_set():
+                with self._lock:
+                    number, piece = next(numbered, (-1, None))
+                if piece is None:
+                    return
+                try:
+                    result = work(piece)
+                    with taking:
+                        take(result)
+                except BaseException as error:  # raised below, in the thread that waits
+                    stopped.set()
+                    errors[number] = error
+
+        with ThreadPoolExecutor(self.workers, thread_name_prefix="merge") as pool:
+            running = [pool.submit(worker) for _ in range(self.workers)]
+            try:
+                while futures.wait(running, timeout=SECONDS_BETWEEN_REPORTS).not_done:
+                    self.while_running()
+            finally:
+                stopped.set()
+        for future in running:
+            future.result()
+        if errors:
+            raise errors[min(errors)]
+        self.while_running()
+
+    def pieces(self, tensors: Iterable[Tensor]) -> Iterator[Piece]:
+        """The tensors cut to what the buffers hold."""
+        return (piece for tensor in tensors for piece in pieces_of(tensor, self.limit))
 
     def load(self, piece: Piece, *, is_sample: bool = False) -> LoadedPiece:
         """Reads a piece of every input into this thread's buffers."""
@@ -167,11 +199,12 @@ class Stream:
             * itemsize
         )
 
-    def read_copied(self, leaf: LeafSpec, piece: Piece) -> np.ndarray:
+    def read_copied(self, piece: Piece) -> np.ndarray:
         """A piece of a leaf that is not merged, which all experts must hold as the base does.
 
         Raises CheckpointError naming the first expert and element that differ.
         """
+        leaf = piece.tensor.leaf
         base = self.base.read(leaf.name, piece.index)
         for expert in self.experts:
             other = expert.read(leaf.name, piece.index)
@@ -229,20 +262,3 @@ def aligned(nbytes: int) -> np.ndarray:
     raw = np.zeros(nbytes + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
     return raw[start : start + nbytes]
-
-
-def in_order(
-    pool: ThreadPoolExecutor,
-    work: Callable[[Piece], Result],
-    items: Iterable[Piece],
-    *,
-    ahead: int,
-) -> Iterator[Result]:
-    """`map` in threads with at most `ahead` results begun and not yet taken."""
-    begun: deque[Future[Result]] = deque()
-    for item in items:
-        begun.append(pool.submit(work, item))
-        if len(begun) >= ahead:
-            yield begun.popleft().result()
-    while begun:
-        yield begun.popleft().result()

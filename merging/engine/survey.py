@@ -244,24 +244,31 @@ def _survey_counts(
     tallies: dict[tuple[int, str], _Tally] = {}
     votes = np.zeros((len(surveys), 5), np.int64)
     guesses = [_answers(s, tensors) for s in surveys]
-    path = None
-    for tensor, counted in stream.run(tensors, lambda loaded: _count(surveys, stream, loaded)):
-        if path not in (None, tensor.path):
-            _narrow(surveys, tallies, path)
-        path = tensor.path
+    left = {tensor.path: tensor.size for tensor in tensors}  # elements not yet counted
+
+    def take(result: tuple[Piece, list[_Counted]]) -> None:
+        piece, counted = result
         for number, (survey, found) in enumerate(zip(surveys, counted, strict=True)):
             votes[number] += found.votes
             if found.above is None:
                 continue
-            key = number, survey.group(tensor)
+            key = number, survey.group(piece.tensor)
             if key not in tallies:
                 tallies[key] = _empty_tally(survey, key[1])
             tally = tallies[key]
             tally.above += found.above
             for bins, codes in zip(tally.bins, found.codes, strict=True):
                 np.add.at(bins, codes, 1)
-    if path is not None:
-        _narrow(surveys, tallies, path)
+        path = piece.tensor.path
+        left[path] -= piece.size
+        if not left[path]:
+            _narrow(surveys, tallies, path)
+
+    stream.run(
+        stream.pieces(tensors),
+        lambda piece: (piece, _count(surveys, stream, stream.load(piece))),
+        take,
+    )
     for number, survey in enumerate(surveys):
         if MODEL in survey.searches:
             tally = tallies.setdefault((number, MODEL), _empty_tally(survey, MODEL))
@@ -314,9 +321,7 @@ def _answers(survey: MethodSurvey, tensors: Sequence[Tensor]) -> list[int]:
     ]
 
 
-def _count(
-    surveys: Sequence[MethodSurvey], stream: Stream, loaded: LoadedPiece
-) -> tuple[Tensor, list[_Counted]]:
+def _count(surveys: Sequence[MethodSurvey], stream: Stream, loaded: LoadedPiece) -> list[_Counted]:
     """Counts one piece for every method; runs in a worker."""
     questions = tuple(s.question(loaded.tensor) for s in surveys)
     base, experts = loaded.on_devices()
@@ -329,7 +334,7 @@ def _count(
         if fields[-1].max() >= 8:
             stream.blame_not_finite(loaded)
         counted.append(_count_fields(survey, question, fields, loaded))
-    return loaded.tensor, counted
+    return counted
 
 
 def _count_fields(
@@ -466,22 +471,26 @@ def _survey_l1(
     number_of = {tensor.path: i for i, tensor in enumerate(tensors)}
     sums: dict[str, list[list[list[int]]]] = {}
 
-    def work(loaded: LoadedPiece) -> tuple[str, list[list[list[int]]]]:
+    def work(piece: Piece) -> tuple[str, list[list[list[int]]]]:
+        loaded = stream.load(piece)
         every = np.arange(loaded.size)
         before = gathered_codes(Question(_PLAIN, Facts(), None), loaded, every)
-        return loaded.tensor.path, [
+        return piece.tensor.path, [
             [[exact_sum(before[i]), exact_sum(after[i])] for i in range(experts)]
             for after in (
                 gathered_codes(Question(s.method, Facts(), None), loaded, every) for s in surveys
             )
         ]
 
-    for path, found in stream.run(mine, work):
+    def take(result: tuple[str, list[list[list[int]]]]) -> None:
+        path, found = result
         total = sums.setdefault(path, [[[0, 0] for _ in range(experts)] for _ in surveys])
         for of_method, more in zip(total, found, strict=True):
             for pair, add in zip(of_method, more, strict=True):
                 pair[0] += add[0]
                 pair[1] += add[1]
+
+    stream.run(stream.pieces(mine), work, take)
     ratios = np.zeros((len(surveys), len(tensors), experts), np.float32)
     for path, of_methods in sums.items():
         for m, pairs in enumerate(of_methods):

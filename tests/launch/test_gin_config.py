@@ -11,6 +11,7 @@ import pytest
 
 from launch import gin_config
 from launch.merge import RUN_FILE, configured, shorthand
+from merging.engine.plan import Settings
 from merging.methods import METHODS
 from merging.methods.averaging import Averaging
 from merging.methods.ties import Ties
@@ -57,14 +58,12 @@ def test_the_header_of_the_merge_names_each_macro():
 
 
 def test_defaults_of_the_merge_are_those_of_the_stage():
-    import inspect
-
-    from merging.merge import merge
-
     arguments = configured([RUN_FILE, TIES_FILE], MUST_HAVES).arguments
-    for name, parameter in inspect.signature(merge).parameters.items():
-        if name in arguments and parameter.default is not parameter.empty and name != "method":
-            assert arguments[name] == parameter.default, name
+    fields = {field.name: field.default for field in dataclasses.fields(Settings)}
+    assert set(arguments) == set(fields)
+    for name, default in fields.items():
+        if default is not dataclasses.MISSING and name != "method":
+            assert arguments[name] == default, name
 
 
 # ---- order and scopes -------------------------------------------------------------------------------------------
@@ -258,7 +257,7 @@ def test_a_string_without_quotes_is_shown_with_them(binding: str, shown: str):
         ("Tees.density = 0.1", "No configurable matching 'Tees'"),
         ("METHOD = @Tees()", "No configurable matching reference '@Tees\\(\\)'"),
         ("merge.bas = 'x'", "'merge' doesn't have a parameter named 'bas'"),
-        ("merge.progress = 1", "'merge' has denylisted kwarg 'progress'"),
+        ("merge.progress = 1", "'merge' doesn't have a parameter named 'progress'"),
         ("Ties.density = 2", "Ties.density is 2"),
         ("SEED", "is not of the form 'NAME = VALUE'"),
     ],
