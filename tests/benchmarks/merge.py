@@ -191,7 +191,7 @@ def many(bench: Bench, inputs: Inputs) -> None:
         together.append(bench.ours(None, f"--gin_file={configuration}", keep=True))
         for name in TEN:
             found = json.loads((bench.output / name / "manifest.json").read_text())
-            checksums[name] = found["leaves"]
+            checksums[name] = found["checksums"]
         shutil.rmtree(bench.output)
         for name, (method, fields) in TEN.items():
             log(f"run {run + 1} of {bench.options.runs}: {name}")
@@ -210,7 +210,7 @@ def many(bench: Bench, inputs: Inputs) -> None:
         ]
 
     rows = [
-        row(name, runs, "yes" if runs[0].manifest["leaves"] == checksums[name] else "NO")
+        row(name, runs, "yes" if runs[0].manifest["checksums"] == checksums[name] else "NO")
         for name, runs in alone.items()
     ]
     rows.append(row("ten at once", together, ""))
