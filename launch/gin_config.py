@@ -66,9 +66,9 @@ def rewrite_arguments(argv: Sequence[str]) -> list[str]:
     return [_rewritten(argument) for argument in argv]
 
 
-def register(stage: Callable[..., Any], *, given: Sequence[str] = ()) -> None:
-    """Makes a stage bindable under its own name, save the arguments that its entry point gives it. Safe to call twice."""
-    _stage(stage, tuple(given))
+def register(stage: Callable[..., Any], *, name: str) -> None:
+    """Makes the arguments of a stage bindable as `name.argument`. Safe to call twice."""
+    _stage(stage, name)
 
 
 @functools.cache
@@ -120,9 +120,8 @@ def parse(
         raise ValueError(str(error)) from error
 
 
-def resolve(stage: Callable[..., Any]) -> Resolved:
+def resolve(stage: Callable[..., Any], *, name: str) -> Resolved:
     """The arguments that the parsed configuration binds for a registered stage."""
-    name = stage.__name__
     arguments = gin.get_configurable(f"{stage.__module__}.{name}")()
     for parameter in inspect.signature(stage).parameters.values():
         if parameter.default is parameter.empty and parameter.name not in arguments:
@@ -258,14 +257,12 @@ def _is_constant(name: str) -> bool:
 
 
 @functools.cache
-def _stage(stage: Callable[..., Any], given: tuple[str, ...]) -> None:
-    @functools.wraps(stage)
+def _stage(stage: Callable[..., Any], name: str) -> None:
     def gather(**arguments: Any) -> dict[str, Any]:
         return arguments
 
-    gin.external_configurable(
-        gather, name=stage.__name__, module=stage.__module__, denylist=list(given)
-    )
+    gather.__signature__ = inspect.signature(stage)  # what may be bound
+    gin.external_configurable(gather, name=name, module=stage.__module__)
 
 
 # ---- words ------------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import math
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -139,7 +138,7 @@ def plan(
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise ValueError(f"seed is {seed!r}: give an integer")
     output = epath.Path(output_dir)
-    _check_apart(output, [base, *experts])
+    manifest.check_apart(output, [base, *experts])
 
     with contextlib.ExitStack() as opened:
         base_reader, *readers = (
@@ -184,7 +183,9 @@ def plan(
         outputs = {name: output / name if name else output for name in merges}
         is_done = manifest.is_done(output, identity)
         if not is_done:
-            _check_free_space(output, len(merges) * sum(spec.nbytes for spec in specs.values()))
+            manifest.check_free_space(
+                output, len(merges) * sum(spec.nbytes for spec in specs.values())
+            )
         asking = [each for each in merges.values() if each.asks_survey]
         planned = Plan(
             base=base_reader,
@@ -229,32 +230,6 @@ def _merges(method: Method | None, methods: Mapping[str, Method] | None) -> dict
         if not isinstance(each, Method):
             raise ValueError(f"{name or 'METHOD'} is {each!r}: give a merge method, such as Ties()")
     return merges
-
-
-def _check_apart(output: epath.Path, inputs: Sequence[epath.PathLike]) -> None:
-    """Raises OutputError if the output is, holds or lies in an input."""
-    there = os.path.realpath(output)
-    for each in inputs:
-        here = os.path.realpath(each)
-        if os.path.commonpath([here, there]) in (here, there):
-            raise manifest.OutputError(
-                f"the output {output} and the input {each} are the same folder or one lies in the other: inputs are"
-                " never changed; choose another OUTPUT_DIR"
-            )
-
-
-def _check_free_space(output: epath.Path, nbytes: int) -> None:
-    """Raises OutputError if the disk is too full for the output (local paths; a bucket has no end)."""
-    place = output
-    while not os.path.isdir(place):
-        if place == place.parent:
-            return
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < nbytes:
-        raise manifest.OutputError(
-            f"the output takes {nbytes:,} bytes and {place} has {free:,} free: make room or choose another OUTPUT_DIR"
-        )
 
 
 def _limit(
