@@ -66,9 +66,9 @@ def rewrite_arguments(argv: Sequence[str]) -> list[str]:
     return [_rewritten(argument) for argument in argv]
 
 
-def register(stage: Callable[..., Any], *, name: str) -> None:
-    """Makes the arguments of a stage bindable as `name.argument`. Safe to call twice."""
-    _stage(stage, name)
+def register(stage: Callable[..., Any], *, name: str, given: Sequence[str] = ()) -> None:
+    """Makes the arguments of a stage bindable as `name.argument`, save those `given` otherwise. Safe to call twice."""
+    _stage(stage, name, tuple(given))
 
 
 @functools.cache
@@ -257,12 +257,12 @@ def _is_constant(name: str) -> bool:
 
 
 @functools.cache
-def _stage(stage: Callable[..., Any], name: str) -> None:
+def _stage(stage: Callable[..., Any], name: str, given: tuple[str, ...]) -> None:
     def gather(**arguments: Any) -> dict[str, Any]:
         return arguments
 
     gather.__signature__ = inspect.signature(stage)  # what may be bound
-    gin.external_configurable(gather, name=name, module=stage.__module__)
+    gin.external_configurable(gather, name=name, module=stage.__module__, denylist=list(given))
 
 
 # ---- words ------------------------------------------------------------------------------------------------------

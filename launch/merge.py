@@ -87,7 +87,7 @@ def configured(
     """What gin files and bindings say about a merge."""
     from merging.merge import merge as stage
 
-    gin_config.register(stage, name="merge")
+    gin_config.register(stage, name="merge", given=("config_text", "progress", "log"))
     gin_config.register_methods()
     gin_config.parse(files, bindings, search_paths=search_paths, either={"METHOD": "METHODS"})
     return gin_config.resolve(stage, name="merge")

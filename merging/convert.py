@@ -19,8 +19,8 @@ import numpy as np
 from etils import epath
 
 from merging import manifest
-from merging.checkpoints import FORMATS, format_of, open_checkpoint, safetensors
-from merging.checkpoints.format import LeafSpec, Reader
+from merging.checkpoints import FORMATS, format_of, open_checkpoint
+from merging.checkpoints.format import LeafSpec, Reader, Writer
 from merging.checkpoints.huggingface import read_config
 from merging.checkpoints.known_layouts import named_layout
 from merging.checkpoints.layout_reader import LayoutReader
@@ -181,9 +181,9 @@ def plan(settings: Settings) -> Plan:
     with contextlib.ExitStack() as opened:
         opening = open_checkpoint(settings.input, params_path=settings.params_path)
         reader: Reader = opened.enter_context(contextlib.closing(opening))
-        folder = epath.Path(settings.input)
-        folder = folder if folder.is_dir() else None
-        input_format = format_of(reader)
+        path = epath.Path(settings.input)
+        folder = path if path.is_dir() else None
+        output_format = settings.format or format_of(path)
         budget = settings.memory_budget_bytes
         layout = settings.layout
         if isinstance(layout, str):
@@ -202,7 +202,7 @@ def plan(settings: Settings) -> Plan:
         identity = {
             "stage": "convert",
             "input": reader.digest(),
-            "format": settings.format or input_format,
+            "format": output_format,
             "params_path": settings.params_path,
             "output_dtype": settings.output_dtype,
             "shard_bytes": settings.shard_bytes,
@@ -216,7 +216,7 @@ def plan(settings: Settings) -> Plan:
             reader=reader,
             folder=folder,
             output=output,
-            format=settings.format or input_format,
+            format=output_format,
             layout=None if layout is None else layout.name,
             specs=specs,
             limit=_limit(reader.specs(), specs, budget, workers),
@@ -289,15 +289,16 @@ def _write(
 
 
 @contextlib.contextmanager
-def _writer(planned: Plan, folder: epath.Path) -> Iterator[safetensors.Writer]:
+def _writer(planned: Plan, folder: epath.Path) -> Iterator[Writer]:
     """The writer of the output's format; what it wrote is removed if anything fails."""
-    writer = FORMATS[planned.format].Writer(
-        folder,
-        planned.specs,
-        shard_bytes=planned.settings.shard_bytes,
-        carry_from=planned.folder,
-        config_dtype=planned.settings.output_dtype,
-    )
+    options: dict[str, Any] = {}
+    if planned.format == "safetensors":
+        options = {
+            "shard_bytes": planned.settings.shard_bytes,
+            "carry_from": planned.folder,
+            "config_dtype": planned.settings.output_dtype,
+        }
+    writer = FORMATS[planned.format](folder, planned.specs, **options)
     try:
         yield writer
     except BaseException:
