@@ -157,6 +157,7 @@ def _made(how: Mapping[str, Any]) -> Iterator[str]:
     if how:
         code = how.get("environment", {}).get("code", "unknown")
         yield f"made by {how.get('stage')} in {how.get('seconds')} s, {how.get('made')}, code {code[:12]}"
+    if "method" in how:
         yield f"method  {how.get('method')}, seed {how.get('identity', {}).get('seed')}"
     for name, given in how.get("inputs", {}).items():
         for each in given if isinstance(given, list) else [given]:

@@ -14,7 +14,8 @@ import json
 import os
 import pathlib
 import platform
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -147,6 +148,32 @@ def is_done(output: epath.PathLike, identity: Mapping[str, Any]) -> bool:
         f"{output} holds the output of another run, which differs in {', '.join(different) or 'its version'}: choose another"
         " OUTPUT_DIR, or remove it first"
     )
+
+
+def check_apart(output: epath.Path, inputs: Sequence[epath.PathLike]) -> None:
+    """Raises OutputError if the output is, holds or lies in an input."""
+    there = os.path.realpath(output)
+    for each in inputs:
+        here = os.path.realpath(each)
+        if os.path.commonpath([here, there]) in (here, there):
+            raise OutputError(
+                f"the output {output} and the input {each} are the same folder or one lies in the other: inputs are"
+                " never changed; choose another OUTPUT_DIR"
+            )
+
+
+def check_free_space(output: epath.Path, nbytes: int) -> None:
+    """Raises OutputError if the disk is too full for the output (local paths; a bucket has no end)."""
+    place = output
+    while not os.path.isdir(place):
+        if place == place.parent:
+            return
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < nbytes:
+        raise OutputError(
+            f"the output takes {nbytes:,} bytes and {place} has {free:,} free: make room or choose another OUTPUT_DIR"
+        )
 
 
 def digest(value: Any) -> str:

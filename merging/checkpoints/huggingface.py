@@ -83,6 +83,14 @@ def index_json(shards: Sequence[Sequence[str]], specs: Mapping[str, LeafSpec]) -
     return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
 
 
+def read_config(folder: epath.Path | None) -> dict[str, Any]:
+    """What a folder's config.json says of the model; {} where there is none."""
+    if folder is None or not (folder / "config.json").exists():
+        return {}
+    path = folder / "config.json"
+    return load_json(path.read_bytes(), str(path))
+
+
 def carried_files(
     folder: epath.PathLike | None, config_dtype: str | None
 ) -> dict[str, epath.Path | bytes]:
@@ -107,8 +115,7 @@ def carried_files(
     )
     carried: dict[str, epath.Path | bytes] = {name: folder / name for name in names}
     if config_dtype is not None and "config.json" in carried:
-        path = folder / "config.json"
-        config = load_json(path.read_bytes(), str(path))
+        config = read_config(folder)
         if not _set_dtype(config, config_dtype):
             config["torch_dtype"] = config_dtype
         carried["config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,8 @@ from etils import epath
 from merging import manifest
 from merging.checkpoints import open_checkpoint
 from merging.checkpoints.format import LeafSpec, Reader
+from merging.checkpoints.known_layouts import in_layout_of
+from merging.checkpoints.layout_reader import BUFFER_BYTES, LayoutReader
 from merging.engine.compatible import check_compatible, with_stacked
 from merging.engine.pieces import bytes_per_element, piece_limit
 from merging.methods.method import Method
@@ -134,15 +135,17 @@ def plan(settings: Settings) -> Plan:
     _check_settings(settings, merges)
     output = epath.Path(settings.output_dir)
     inputs = (settings.base, *settings.experts)
-    _check_apart(output, inputs)
+    manifest.check_apart(output, inputs)
 
     with contextlib.ExitStack() as opened:
         base_reader, *readers = (
             opened.enter_context(contextlib.closing(open_checkpoint(path))) for path in inputs
         )
-        check_compatible(base_reader, readers)
         stacked = Stacked(settings.stacked)
         base_specs = with_stacked(base_reader.specs(), stacked)
+        buffer_bytes = min(BUFFER_BYTES, settings.memory_budget_bytes // (4 * len(readers)))
+        readers = [in_layout_of(base_specs, r, buffer_bytes=buffer_bytes) for r in readers]
+        check_compatible(base_reader, readers)
         dtype = None if settings.output_dtype is None else np.dtype(settings.output_dtype)
         specs = {
             name: dataclasses.replace(spec, dtype=dtype)
@@ -151,8 +154,14 @@ def plan(settings: Settings) -> Plan:
             for name, spec in base_specs.items()
         }
         workers = max(2, os.cpu_count() or 1)
+        rearranged = sum(isinstance(reader, LayoutReader) for reader in readers)
         limit = _limit(
-            base_specs, readers, specs, len(merges), settings.memory_budget_bytes, workers
+            base_specs,
+            readers,
+            specs,
+            len(merges),
+            settings.memory_budget_bytes - rearranged * buffer_bytes,
+            workers,
         )
 
         identity = {
@@ -169,7 +178,9 @@ def plan(settings: Settings) -> Plan:
         outputs = {name: output / name if name else output for name in merges}
         is_done = manifest.is_done(output, identity)
         if not is_done:
-            _check_free_space(output, len(merges) * sum(spec.nbytes for spec in specs.values()))
+            manifest.check_free_space(
+                output, len(merges) * sum(spec.nbytes for spec in specs.values())
+            )
         asking = [each for each in merges.values() if each.asks_survey]
         planned = Plan(
             settings=settings,
@@ -235,32 +246,6 @@ def _check_settings(settings: Settings, merges: Mapping[str, Method]) -> None:
         )
     if not isinstance(settings.seed, int) or isinstance(settings.seed, bool):
         raise ValueError(f"seed is {settings.seed!r}: give an integer")
-
-
-def _check_apart(output: epath.Path, inputs: Sequence[epath.PathLike]) -> None:
-    """Raises OutputError if the output is, holds or lies in an input."""
-    there = os.path.realpath(output)
-    for each in inputs:
-        here = os.path.realpath(each)
-        if os.path.commonpath([here, there]) in (here, there):
-            raise manifest.OutputError(
-                f"the output {output} and the input {each} are the same folder or one lies in the other: inputs are"
-                " never changed; choose another OUTPUT_DIR"
-            )
-
-
-def _check_free_space(output: epath.Path, nbytes: int) -> None:
-    """Raises OutputError if the disk is too full for the output (local paths; a bucket has no end)."""
-    place = output
-    while not os.path.isdir(place):
-        if place == place.parent:
-            return
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < nbytes:
-        raise manifest.OutputError(
-            f"the output takes {nbytes:,} bytes and {place} has {free:,} free: make room or choose another OUTPUT_DIR"
-        )
 
 
 def _limit(

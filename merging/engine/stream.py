@@ -12,9 +12,6 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent import futures
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
 
 import jax
 import ml_dtypes
@@ -24,10 +21,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from merging.checkpoints.format import CheckpointError, Reader
 from merging.engine.pieces import Piece, Tensor, pieces_of
 from merging.engine.step import Geometry
+from merging.engine.workers import Result, work_on
 
-Result = TypeVar("Result")
-
-SECONDS_BETWEEN_REPORTS = 0.05
 ALIGNMENT = 64  # bytes; XLA:CPU takes numpy memory as it is only where it is aligned so
 
 
@@ -104,42 +99,10 @@ class Stream:
         work: Callable[[Piece], Result],
         take: Callable[[Result], None],
     ) -> None:
-        """Works on every piece, in threads; `take` gets each result, one at a time but in any order.
-
-        Pieces are begun in their order. After an error no further piece is begun, and the error of the earliest piece
-        is raised once all workers have stopped.
-        """
-        numbered = enumerate(pieces)
-        errors: dict[int, BaseException] = {}
-        stopped = threading.Event()
-        taking = threading.Lock()
-
-        def worker() -> None:
-            while not stopped.is_set():
-                with self._lock:
-                    number, piece = next(numbered, (-1, None))
-                if piece is None:
-                    return
-                try:
-                    result = work(piece)
-                    with taking:
-                        take(result)
-                except BaseException as error:  # raised below, in the thread that waits
-                    stopped.set()
-                    errors[number] = error
-
-        with ThreadPoolExecutor(self.workers, thread_name_prefix="merge") as pool:
-            running = [pool.submit(worker) for _ in range(self.workers)]
-            try:
-                while futures.wait(running, timeout=SECONDS_BETWEEN_REPORTS).not_done:
-                    self.while_running()
-            finally:
-                stopped.set()
-        for future in running:
-            future.result()
-        if errors:
-            raise errors[min(errors)]
-        self.while_running()
+        """`workers.work_on` with this stream's threads."""
+        work_on(
+            pieces, work, take, workers=self.workers, while_running=lambda: self.while_running()
+        )
 
     def pieces(self, tensors: Iterable[Tensor]) -> Iterator[Piece]:
         """The tensors cut to what the buffers hold."""

@@ -18,7 +18,7 @@ ROWS = [
     {"methods", "models"},
     {"engine", "training", "evaluation", "reporting"},
     {"grid"},
-    {"finetune", "merge", "evaluate", "study", "report", "__init__"},
+    {"finetune", "merge", "convert", "evaluate", "study", "report", "__init__"},
 ]
 FORBIDDEN = {
     "merging": {"gin", "absl", "tensorflow", "seqio", "torch", "launch", "tasks", "tests"},
@@ -95,7 +95,9 @@ def test_the_library_brings_in_no_framework_but_jax(module: str):
     assert not loaded & {"tensorflow", "seqio", "gin", "torch", "launch", "tasks"}
 
 
-@pytest.mark.parametrize("module", ["launch.merge", "launch.quickstart", "launch.pod.local"])
+@pytest.mark.parametrize(
+    "module", ["launch.merge", "launch.convert", "launch.quickstart", "launch.pod.local"]
+)
 def test_an_entry_point_prints_its_help_without_jax(module: str):
     assert not modules_after(f"import {module}") & {
         "jax",

@@ -1,0 +1,364 @@
+"""The convert stage: one checkpoint in another format, layout or float type, with the same numbers.
+
+Pieces are read and written by several threads, so memory does not grow with the model. Without an output type
+every element keeps its bits. The output appears whole or not at all, with a manifest, as that of a merge.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from merging import manifest
+from merging.checkpoints import FORMATS, format_of, open_checkpoint
+from merging.checkpoints.format import LeafSpec, Reader, Writer
+from merging.checkpoints.huggingface import read_config
+from merging.checkpoints.known_layouts import named_layout
+from merging.checkpoints.layout_reader import LayoutReader
+from merging.checkpoints.layouts import Layout
+from merging.engine.output import Output
+from merging.engine.pieces import SMALLEST_PIECE, Piece, copied_tensor, pieces_of
+from merging.engine.plan import OUTPUT_DTYPES, size_text
+from merging.engine.resources import PeakResident
+from merging.engine.stream import to_float32
+from merging.engine.workers import work_on
+
+# Nothing is computed, so pieces are larger than a merge's: fewer calls, and longer runs where leaves are transposed.
+PIECE_ELEMENTS = 1 << 22
+
+Progress = Callable[[str, int, int], None]  # (phase, bytes done, bytes in all)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What to convert and how.
+
+    Attributes:
+      input: a checkpoint's folder.
+      output_dir: folder to be made.
+      format: a name of `checkpoints.FORMATS`; None keeps the input's.
+      layout: a Layout, or a name of `known_layouts.LAYOUTS` with options, such as "stacked(axis=1)"; None keeps the
+        input's.
+      params_path: where the parameters lie in a train state.
+      output_dtype: float32, bfloat16 or float16 for float leaves; None keeps the type of each.
+      memory_budget_bytes: for the buffers of this process.
+      shard_bytes: most bytes of data in one output file, for formats that have files of several leaves.
+    """
+
+    input: epath.PathLike
+    output_dir: epath.PathLike
+    format: str | None = None
+    layout: str | Layout | None = None
+    params_path: str | None = None
+    output_dtype: str | None = None
+    memory_budget_bytes: int = 1 << 30
+    shard_bytes: int = 5_000_000_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a conversion will do; made from headers alone.
+
+    Attributes:
+      settings: as they were given.
+      reader: open, gives leaves in the output's layout.
+      folder: of the input, whose config and tokenizer go along; None where it has none.
+      format: of the output.
+      layout: name of the layout that is applied, or None.
+      specs: leaves of the output, in storage order.
+      limit: elements of the largest piece.
+      workers: threads that read.
+      is_done: the output is there, made from this input with these settings.
+    """
+
+    settings: Settings
+    reader: Reader
+    folder: epath.Path | None
+    output: epath.Path
+    format: str
+    layout: str | None
+    specs: Mapping[str, LeafSpec]
+    limit: int
+    workers: int
+    is_done: bool
+    identity: Mapping[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Of the output."""
+        return sum(spec.nbytes for spec in self.specs.values())
+
+    def close(self) -> None:
+        self.reader.close()
+
+    def describe(self) -> str:
+        """The plan as text, one fact a line."""
+        found = self.reader.specs()
+        stacked = sum(spec.stacked is not None for spec in found.values())
+        read = sum(spec.nbytes for spec in found.values())
+        lines = [
+            f"input      {self.settings.input}",
+            f"output     {self.output}",
+            f"format     {self.format}",
+            f"layout     {self.layout or 'as it is'}: {len(self.specs)} leaves, {stacked} stacked",
+            f"reads      {size_text(read)}",
+            f"writes     {size_text(self.nbytes)} as {self.settings.output_dtype or 'the type of each leaf'}",
+            f"memory     {size_text(self.settings.memory_budget_bytes)}: pieces of {self.limit:,} elements in"
+            f" {self.workers} workers",
+        ]
+        if self.is_done:
+            lines.append("done       the output is there already, made from this input so")
+        return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a conversion did.
+
+    Attributes:
+      output: the folder.
+      seconds: of the stage.
+      nbytes: written, of leaves.
+      peak_resident_bytes: highest RssAnon + RssShmem seen.
+      was_done: nothing was done, the output was there.
+    """
+
+    output: epath.Path
+    seconds: float
+    nbytes: int
+    peak_resident_bytes: int
+    was_done: bool
+
+    def describe(self) -> str:
+        """The report as text."""
+        if self.was_done:
+            return f"done before: {self.output}"
+        rate = size_text(self.nbytes / max(self.seconds, 1e-9))
+        return "\n".join(
+            [
+                f"written    {self.output}",
+                f"time       {self.seconds:.2f} s",
+                f"bytes      {size_text(self.nbytes)} written, {rate}/s",
+                f"memory     {size_text(self.peak_resident_bytes)} resident at most",
+            ]
+        )
+
+
+def convert(
+    settings: Settings,
+    *,
+    config_text: str = "",
+    progress: Progress | None = None,
+) -> Report:
+    """Plans and does a conversion.
+
+    Raises ValueError for everything that is wrong with settings and input, OSError for what fails on the way; nothing has
+    appeared under the output's name then. A second call with the same settings and input returns at once.
+    """
+    return run(plan(settings), config_text=config_text, progress=progress)
+
+
+def plan(settings: Settings) -> Plan:
+    """Checks everything that can be known from headers.
+
+    Raises ValueError (CheckpointError, OutputError) saying what was found, wanted, where, and what to do.
+    """
+    if settings.format is not None and settings.format not in FORMATS:
+        raise ValueError(f"FORMAT is {settings.format!r}: choose one of {', '.join(FORMATS)}")
+    if settings.output_dtype is not None and settings.output_dtype not in OUTPUT_DTYPES:
+        raise ValueError(
+            f"OUTPUT_DTYPE is {settings.output_dtype!r}: choose one of {', '.join(OUTPUT_DTYPES)}"
+        )
+    output = epath.Path(settings.output_dir)
+    manifest.check_apart(output, [settings.input])
+    with contextlib.ExitStack() as opened:
+        opening = open_checkpoint(settings.input, params_path=settings.params_path)
+        reader: Reader = opened.enter_context(contextlib.closing(opening))
+        path = epath.Path(settings.input)
+        folder = path if path.is_dir() else None
+        output_format = settings.format or format_of(path)
+        budget = settings.memory_budget_bytes
+        layout = settings.layout
+        if isinstance(layout, str):
+            layout = named_layout(layout, reader.specs(), read_config(folder))
+        if layout is not None:
+            # A quarter: transposed leaves read through it, all others don't.
+            reader = LayoutReader(reader, layout, buffer_bytes=budget // 4)
+            budget -= budget // 4
+        dtype = None if settings.output_dtype is None else np.dtype(settings.output_dtype)
+        specs = {
+            name: dataclasses.replace(spec, dtype=dtype)
+            if dtype is not None and spec.is_merged
+            else spec
+            for name, spec in reader.specs().items()
+        }
+        identity = {
+            "stage": "convert",
+            "input": reader.digest(),
+            "format": output_format,
+            "params_path": settings.params_path,
+            "output_dtype": settings.output_dtype,
+            "shard_bytes": settings.shard_bytes,
+        }
+        is_done = manifest.is_done(output, identity)
+        if not is_done:
+            manifest.check_free_space(output, sum(spec.nbytes for spec in specs.values()))
+        workers = max(2, os.cpu_count() or 1)
+        planned = Plan(
+            settings=settings,
+            reader=reader,
+            folder=folder,
+            output=output,
+            format=output_format,
+            layout=None if layout is None else layout.name,
+            specs=specs,
+            limit=_limit(reader.specs(), specs, budget, workers),
+            workers=workers,
+            is_done=is_done,
+            identity=identity,
+        )
+        opened.pop_all()  # all is well: the plan's owner closes it
+    return planned
+
+
+def run(planned: Plan, *, config_text: str = "", progress: Progress | None = None) -> Report:
+    """Does what was planned and closes the plan's reader; errors as `convert`."""
+    started = time.perf_counter()
+    peak = PeakResident()
+    with contextlib.closing(planned):
+        if not planned.is_done:
+            staging = manifest.Staging(planned.output)
+            staging.create(planned.identity)
+            try:
+                written = _write(planned, staging.folder, peak, progress or (lambda *_: None))
+                seconds = round(time.perf_counter() - started, 3)
+                staging.commit(
+                    {
+                        **_provenance(planned),
+                        **written,
+                        "config": config_text,
+                        "seconds": seconds,
+                        "peak_resident_bytes": peak.nbytes,
+                    }
+                )
+            except BaseException:
+                staging.discard()
+                raise
+    peak.look()
+    return Report(
+        output=planned.output,
+        seconds=time.perf_counter() - started,
+        nbytes=0 if planned.is_done else planned.nbytes,
+        peak_resident_bytes=peak.nbytes,
+        was_done=planned.is_done,
+    )
+
+
+def _write(
+    planned: Plan, folder: epath.Path, peak: PeakResident, progress: Progress
+) -> dict[str, Any]:
+    """Writes all leaves; returns what the manifest says of them."""
+    with _writer(planned, folder) as writer:
+        output = Output(writer)
+
+        def report() -> None:
+            peak.look()
+            progress("convert", output.nbytes, planned.nbytes)
+
+        work_on(
+            (
+                piece
+                for name in writer.names_mine
+                for piece in pieces_of(copied_tensor(planned.specs[name]), planned.limit)
+            ),
+            lambda piece: output.put(piece, _read(planned, piece)),
+            lambda _: None,
+            workers=planned.workers,
+            while_running=report,
+        )
+        planned.reader.check_unchanged()
+        writer.commit()
+        return {"checksums": output.checksums}
+
+
+@contextlib.contextmanager
+def _writer(planned: Plan, folder: epath.Path) -> Iterator[Writer]:
+    """The writer of the output's format; what it wrote is removed if anything fails."""
+    options: dict[str, Any] = {}
+    if planned.format == "safetensors":
+        options = {
+            "shard_bytes": planned.settings.shard_bytes,
+            "carry_from": planned.folder,
+            "config_dtype": planned.settings.output_dtype,
+        }
+    writer = FORMATS[planned.format](folder, planned.specs, **options)
+    try:
+        yield writer
+    except BaseException:
+        writer.abort()
+        raise
+
+
+def _read(planned: Plan, piece: Piece) -> np.ndarray:
+    """A piece in the output's type, in the piece's shape."""
+    name = piece.tensor.leaf.name
+    array = planned.reader.read(name, piece.index)
+    dtype = planned.specs[name].dtype
+    if array.dtype == dtype:
+        return array
+    flat = array.reshape(-1)  # numpy makes numbers of arrays without dimensions
+    if dtype == np.float32 and array.dtype != np.float64:
+        return to_float32(flat).reshape(array.shape)
+    with np.errstate(over="ignore", under="ignore"):  # told below, and by name
+        narrow = flat.astype(dtype)
+    overflowed = np.isinf(narrow) & ~np.isinf(flat)
+    if overflowed.any():
+        raise ValueError(
+            f"leaf {name}: {overflowed.sum():,} of {flat.size:,} elements at {piece.index} are too large for {dtype}; choose"
+            " a wider OUTPUT_DTYPE"
+        )
+    return narrow.reshape(array.shape)
+
+
+def _limit(
+    found: Mapping[str, LeafSpec], specs: Mapping[str, LeafSpec], budget_bytes: int, workers: int
+) -> int:
+    """Elements of the largest piece that the budget allows."""
+    widest, name = max(
+        (
+            # In each worker what is read, what is rearranged and what is written.
+            (workers * (2 * spec.dtype.itemsize + specs[name].dtype.itemsize), name)
+            for name, spec in found.items()
+        ),
+        default=(1, "nothing"),
+    )
+    fitting = budget_bytes // widest
+    if fitting < SMALLEST_PIECE:
+        raise ValueError(
+            f"a memory budget of {budget_bytes:,} bytes is too small to convert {name}: pieces of {SMALLEST_PIECE:,} elements"
+            f" need {SMALLEST_PIECE * widest:,} bytes; raise MEMORY_BUDGET_BYTES"
+        )
+    return min(PIECE_ELEMENTS, 1 << int(math.log2(fitting)))
+
+
+def _provenance(planned: Plan) -> dict[str, Any]:
+    path, digest = os.fspath(planned.settings.input), planned.reader.digest()
+    return {
+        "stage": "convert",
+        "made": manifest.now(),
+        "environment": manifest.environment(),
+        "inputs": {"input": {"path": path, "digest": digest}},
+        "identity": planned.identity,
+        "identity_digest": manifest.digest(planned.identity),
+        "format": planned.format,
+        "layout": planned.layout,
+        "stacked": {n: s.stacked for n, s in planned.specs.items() if s.stacked is not None},
+    }
