@@ -189,14 +189,20 @@ class Assembler:
 
 
 def held_bytes(
-    specs: Mapping[str, LeafSpec], *, chunk_bytes: int, window_bytes: int, threads: int
+    specs: Mapping[str, LeafSpec],
+    *,
+    chunk_bytes: int,
+    window_bytes: int,
+    threads: int,
+    batch_bytes: int,
 ) -> int:
     """Bytes that a writer of chunks may hold at once, from specs alone.
 
     Args:
       window_bytes: how far apart boxes may come from storage order: the bytes of all boxes that may be written before
         one that precedes them (results waiting in line, and those in work).
-      threads: how many call `write` at once; each has one chunk on its way to the disk, and the file system's copy.
+      threads: how many call `write` at once; each has one chunk on its way to the disk, as bytes.
+      batch_bytes: what the store keeps before it commits: 0 for folders. See `tree_writer.memory_bytes`.
     """
     largest = max(
         (
@@ -205,4 +211,4 @@ def held_bytes(
         ),
         default=0,
     )
-    return window_bytes + 2 * largest + 2 * threads * largest
+    return window_bytes + 2 * largest + threads * largest + batch_bytes

@@ -26,17 +26,19 @@ import numpy as np
 from etils import epath
 
 from merging.checkpoints import ocdbt, zarr
-from merging.checkpoints.boxes import Assembler
+from merging.checkpoints.boxes import Assembler, chunk_shape
 from merging.checkpoints.folder import Blob, Folder
 from merging.checkpoints.format import CheckpointError, LeafSpec
 from merging.checkpoints.safetensors_header import load_json, show
 from merging.checkpoints.tree_writer import (
     CHUNK_BYTES,
-    ChunkStore,
+    DatabaseStore,
+    FolderStore,
     Leaf,
     TreeWriter,
+    assembler,
+    naming,
     put_file,
-    remove,
     sync_folder,
     sync_tree,
 )
@@ -255,6 +257,9 @@ class Writer(TreeWriter):
     ):
         if storage not in STORAGES:
             raise ValueError(f"storage is {storage!r}, wanted one of {STORAGES}")
+        self._item, self._storage = item, storage
+        self._tree = epath.Path(folder) / item if item else epath.Path(folder)
+        database = self._tree / f"ocdbt.process_{process_index}"
         super().__init__(
             folder,
             specs,
@@ -264,6 +269,7 @@ class Writer(TreeWriter):
             chunk_bytes=chunk_bytes,
             process_index=process_index,
             process_count=process_count,
+            store=DatabaseStore(database) if storage == "ocdbt" else FolderStore(self._tree),
             extra=extra,
         )
         for leaf in self._leaves.values():
@@ -271,35 +277,16 @@ class Writer(TreeWriter):
                 raise ValueError(
                     f"leaf {leaf.spec.name} is {leaf.spec.dtype}, which Orbax does not store"
                 )
-        self._item = item
-        self._storage = storage
-        self._tree = self._folder / item if item else self._folder
-        database = self._tree / f"ocdbt.process_{process_index}"
-        self._store = ChunkStore(
-            database if storage == "ocdbt" else self._tree, is_database=storage == "ocdbt"
-        )
-        self._begun: list[epath.Path] = []
-
-    def abort(self) -> None:
-        """Removes what this writer wrote; the main one also what joins the others'."""
-        for path in self._begun:
-            remove(path)
-        if self.is_main:
-            for name in (METADATA_FILE, _STRINGS_FILE, _COMMITTED_FILE, ocdbt.MANIFEST, "d"):
-                remove(self._tree / name)
-            for name in (STEP_FILE, _COMMITTED_FILE):
-                remove(self._folder / name)
 
     def _begin(self, leaf: Leaf) -> Assembler:
-        place = self._store.folder
-        self._begun.append(place if self._storage == "ocdbt" else place / leaf.stored)
-        if self._storage == "zarr3":
-            return self._store.assembler(leaf, self._chunk_bytes, zarr.spec_v3, "zarr3")
-        return self._store.assembler(leaf, self._chunk_bytes, zarr.spec_v2)
+        chunk = chunk_shape(leaf.spec, self._chunk_bytes)
+        return assembler(self._store, leaf, chunk, version=3 if self._storage == "zarr3" else 2)
 
-    def _flush(self) -> None:
-        for path in dict.fromkeys(self._begun):
-            sync_tree(path)
+    def _made_last(self) -> list[epath.Path]:
+        in_tree = (METADATA_FILE, _STRINGS_FILE, _COMMITTED_FILE, ocdbt.MANIFEST, "d")
+        return [self._tree / name for name in in_tree] + [
+            self._folder / name for name in (STEP_FILE, _COMMITTED_FILE)
+        ]
 
     def _finish(self) -> None:
         self._tree.mkdir(parents=True, exist_ok=True)
@@ -321,13 +308,14 @@ class Writer(TreeWriter):
         """One database that refers to those of all processes, whose files stay where they are."""
         import tensorstore as ts
 
-        with self._store.naming(ocdbt.MANIFEST):
+        with naming(self._tree / ocdbt.MANIFEST):
             base = {"driver": "ocdbt", "base": ocdbt.kvstore(str(self._tree))}
-            joined = ts.KvStore.open(base, context=self._store.context()).result()
+            context = ts.Context()  # one for all: values are referred to only within one
+            joined = ts.KvStore.open(base, context=context).result()
             transaction = ts.Transaction(atomic=True)
             for process in sorted(self._tree.glob("ocdbt.process_*")):
                 base = {"driver": "ocdbt", "base": ocdbt.kvstore(str(process))}
-                one = ts.KvStore.open(base, context=self._store.context()).result()
+                one = ts.KvStore.open(base, context=context).result()
                 one.experimental_copy_range_to(joined.with_transaction(transaction)).result()
             transaction.commit_async().result()
 

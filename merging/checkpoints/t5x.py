@@ -29,13 +29,12 @@ from merging.checkpoints.msgpack_file import InlineArray
 from merging.checkpoints.safetensors_header import show
 from merging.checkpoints.tree_writer import (
     CHUNK_BYTES,
-    ChunkStore,
+    FolderStore,
     Leaf,
     TreeWriter,
+    assembler,
     put_file,
-    remove,
     sync_folder,
-    sync_tree,
 )
 from merging.checkpoints.trees import Constant, Path, Stored, TreeReader, check_paths, name_of
 
@@ -204,8 +203,7 @@ class Writer(TreeWriter):
 
     Args:
       step: default the base's, or 0.
-      compressor: of zarr 2, e.g. {"id": "gzip", "level": 1}, which T5X chooses. None is quicker to write, and is read by
-        range.
+      gzip_level: T5X chooses 1. None, not compressed, is quicker to write, and is read by range.
     """
 
     def __init__(
@@ -217,7 +215,7 @@ class Writer(TreeWriter):
         optimizer_state: str = "drop",
         step: int | None = None,
         chunk_bytes: int = CHUNK_BYTES,
-        compressor: Mapping[str, Any] | None = None,
+        gzip_level: int | None = None,
         process_index: int = 0,
         process_count: int = 1,
     ):
@@ -230,6 +228,7 @@ class Writer(TreeWriter):
             chunk_bytes=chunk_bytes,
             process_index=process_index,
             process_count=process_count,
+            store=FolderStore(epath.Path(folder)),
             extra=_extra(like, step),
         )
         _check_tree(self)
@@ -238,17 +237,8 @@ class Writer(TreeWriter):
                 raise ValueError(
                     f"leaf {leaf.spec.name} is {leaf.spec.dtype}, which T5X does not store"
                 )
-        self._compressor = compressor
-        self._store = ChunkStore(self._folder, is_database=False)
+        self._gzip_level = gzip_level
         self._inline: dict[str, np.ndarray] = {}
-        self._begun: list[epath.Path] = []
-
-    def abort(self) -> None:
-        """Removes what this writer wrote."""
-        for path in self._begun:
-            remove(path)
-        if self.is_main:
-            remove(self._folder / FILE)
 
     def _is_small(self, spec: LeafSpec) -> bool:
         return spec.size <= 1
@@ -261,12 +251,11 @@ class Writer(TreeWriter):
                 array[(*index, ...)] = data
 
             return Assembler(leaf.spec, (1,) * len(leaf.spec.shape), keep)
-        self._begun.append(self._folder / leaf.stored)
-        return self._store.assembler(leaf, self._chunk_bytes, self._metadata)
+        chunk = chunk_shape(leaf.spec, self._chunk_bytes)
+        return assembler(self._store, leaf, chunk, version=2, gzip_level=self._gzip_level)
 
-    def _flush(self) -> None:
-        for path in self._begun:
-            sync_tree(path)
+    def _made_last(self) -> list[epath.Path]:
+        return [self._folder / FILE]
 
     def _finish(self) -> None:
         import msgpack
@@ -282,9 +271,6 @@ class Writer(TreeWriter):
         put_file(self._folder / FILE, content)
         sync_folder(self._folder)
 
-    def _metadata(self, leaf: LeafSpec, chunk: tuple[int, ...]) -> dict[str, Any]:
-        return zarr.spec_v2(leaf, chunk, self._compressor)
-
     def _entry(self, leaf: Leaf) -> Any:
         import msgpack
 
@@ -299,7 +285,7 @@ class Writer(TreeWriter):
             "kvstore": {"driver": "file", "path": f"{leaf.stored}/"},
             "metadata": {
                 "chunks": list(chunk),
-                "compressor": self._compressor,
+                "compressor": zarr.compressor(self._gzip_level),
                 "shape": list(spec.shape),
             },
         }

@@ -11,6 +11,8 @@ what they wrote, and that the folder is renamed or read only after that.
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import errno
@@ -18,12 +20,12 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from etils import epath
 
-from merging.checkpoints import boxes
+from merging.checkpoints import boxes, zarr
 from merging.checkpoints.format import CheckpointError, Index, LeafSpec
 from merging.checkpoints.ocdbt import MANIFEST, kvstore
 from merging.checkpoints.safetensors_header import show
@@ -41,6 +43,10 @@ from merging.checkpoints.trees import (
 # Orbax's readers open a chunk each in parallel, ours read by range: large enough for a disk or bucket at full speed, small
 # enough that many are in flight.
 CHUNK_BYTES = 32 << 20
+# Bytes after which what goes into a database is committed.
+BATCH_BYTES = 32 << 20
+# Threads that wait for the disk; most file systems put the waits of several together.
+_SYNCING_THREADS = 8
 # Elements of a box in which what is not merged is copied.
 _COPIED_ELEMENTS = 1 << 19
 
@@ -88,6 +94,7 @@ class TreeWriter:
         chunk_bytes: int,
         process_index: int,
         process_count: int,
+        store: ChunkStore,
         extra: Mapping[str, np.ndarray] | None = None,
     ):
         if optimizer_state not in OPTIMIZER_STATES:
@@ -98,7 +105,7 @@ class TreeWriter:
             raise ValueError("optimizer_state='base' needs a base that is a tree (Orbax or T5X)")
         assert 0 <= process_index < process_count
         self._folder = epath.Path(folder)
-        self._specs = dict(specs)
+        self._store = store
         self._chunk_bytes = chunk_bytes
         self.is_main = process_index == 0
         self._like = like
@@ -153,13 +160,16 @@ class TreeWriter:
                 self._put(name, boxes.whole(shape), np.empty(shape, self._leaves[name].spec.dtype))
         wanting = [name for name in mine if name not in self._done]
         assert not wanting, f"commit before these leaves were written whole: {show(wanting)}"
-        self._flush()
+        self._store.flush()
         if self.is_main:
             self._finish()
 
     def abort(self) -> None:
-        """Removes what this writer wrote."""
-        raise NotImplementedError
+        """Removes what this writer wrote; the main one also what makes a checkpoint of all that was written."""
+        self._store.discard()
+        if self.is_main:
+            for path in self._made_last():
+                remove(path)
 
     # ---- what a format adds ----------------------------------------------------------------------------------------
 
@@ -171,8 +181,8 @@ class TreeWriter:
         """What takes a leaf's boxes."""
         raise NotImplementedError
 
-    def _flush(self) -> None:
-        """Puts on disk what this process wrote."""
+    def _made_last(self) -> list[epath.Path]:
+        """What `_finish` makes."""
         raise NotImplementedError
 
     def _finish(self) -> None:
@@ -242,65 +252,157 @@ def _share(specs: Mapping[str, LeafSpec], index: int, count: int, is_small: Any)
     return mine
 
 
-class ChunkStore:
-    """Where arrays in chunks are put by tensorstore: a folder, or an OCDBT database in a folder.
+class ChunkStore(Protocol):
+    """Where the files of arrays are put: (array, name of the file, content). Thread-safe."""
 
-    Args:
-      folder: exists or is made.
-      is_database: an OCDBT database; else a folder for each array.
+    def put(self, array: str, key: str, value: memoryview) -> None: ...
+
+    def flush(self) -> None:
+        """All that was put is on disk. Raises the error of what could not be."""
+        ...
+
+    def discard(self) -> None:
+        """Removes all that was put."""
+        ...
+
+
+def assembler(
+    store: ChunkStore,
+    leaf: Leaf,
+    chunk: boxes.Shape,
+    *,
+    version: int,
+    gzip_level: int | None = None,
+) -> boxes.Assembler:
+    """Begins a new array and returns what takes its boxes."""
+    file, content = zarr.metadata_file(version, leaf.spec, chunk, gzip_level)
+    store.put(leaf.stored, file, memoryview(content))
+
+    def emit(index: Index, data: np.ndarray) -> None:
+        key = zarr.chunk_key(version, index, chunk)
+        store.put(leaf.stored, key, zarr.encoded(data, chunk, gzip_level))
+
+    return boxes.Assembler(leaf.spec, chunk, emit)
+
+
+class FolderStore:
+    """A folder for each array. Files are synced by threads of their own, so that nobody waits for the disk."""
+
+    def __init__(self, folder: epath.Path):
+        self._folder = folder
+        self._made: dict[epath.Path, None] = {}  # folders of arrays, and below them
+        self._lock = threading.Lock()  # guards _made and _syncs
+        self._pool = concurrent.futures.ThreadPoolExecutor(_SYNCING_THREADS, "sync")
+        self._syncs: collections.deque[concurrent.futures.Future[None]] = collections.deque()
+
+    def put(self, array: str, key: str, value: memoryview) -> None:
+        path = self._folder / array / key
+        with self._lock:
+            if path.parent not in self._made:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._made[path.parent] = None
+        with naming(path), path.open("wb") as handle:
+            handle.write(value if is_local(path) else bytes(value))
+        if is_local(path):
+            with self._lock:
+                self._syncs.append(self._pool.submit(_sync, os.fspath(path)))
+                done = self._syncs.popleft() if self._syncs[0].done() else None
+            if done is not None:
+                done.result()
+
+    def flush(self) -> None:
+        while self._syncs:
+            self._syncs.popleft().result()
+        self._pool.shutdown()
+        for folder in self._made:
+            sync_folder(folder)
+        sync_folder(self._folder)
+
+    def discard(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        for folder in self._made:
+            remove(folder)
+
+
+class DatabaseStore:
+    """An OCDBT database in a folder. Values go into it in batches, each one transaction, committed by a thread of its own.
+
+    A transaction holds its values in memory until it is committed, but one for every value would make as many files, and
+    as many versions of the tree, as there are values.
     """
 
-    def __init__(self, folder: epath.PathLike, *, is_database: bool):
-        self.folder = epath.Path(folder)
-        self._is_database = is_database
-        self._made: Any = None
-        self._lock = threading.Lock()
+    def __init__(self, folder: epath.Path):
+        self._folder = folder
+        self._lock = threading.Lock()  # guards what follows
+        self._store: Any = None
+        self._batch: Any = None
+        self._batch_bytes = 0
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, "commit")
+        self._commit: concurrent.futures.Future[None] | None = None
 
-    def assembler(
-        self, leaf: Leaf, chunk_bytes: int, metadata: Any, driver: str = "zarr"
-    ) -> boxes.Assembler:
-        """Creates an array and returns what takes its boxes. `metadata`: (spec, chunk shape) -> what it shall say."""
-        import tensorstore as ts
-
-        chunk = boxes.chunk_shape(leaf.spec, chunk_bytes)
-        base = kvstore(str(self.folder))
-        store = (
-            {"driver": "ocdbt", "base": base, "path": f"{leaf.stored}/"}
-            if self._is_database
-            else {**base, "path": f"{base['path']}{leaf.stored}/"}
-        )
-        spec = {
-            "driver": driver,
-            "kvstore": store,
-            "metadata": metadata(leaf.spec, chunk),
-            "store_data_equal_to_fill_value": True,
-        }
-        with self.naming(leaf.stored):
-            array = ts.open(spec, create=True, open=False, context=self.context()).result()
-
-        def emit(index: Index, data: np.ndarray) -> None:
-            with self.naming(leaf.stored):
-                array[index].write(data).result()
-
-        return boxes.Assembler(leaf.spec, chunk, emit)
-
-    def context(self) -> Any:
-        """tensorstore's. Files are synced at the end, all at once: one at a time the disk would wait for each."""
+    def put(self, array: str, key: str, value: memoryview) -> None:
         import tensorstore as ts
 
         with self._lock:
-            if self._made is None:
-                self._made = ts.Context({"file_io_sync": False})
-            return self._made
+            if self._store is None:
+                self._store = self._open()
+            if self._batch is None:
+                self._batch = ts.Transaction()
+            self._store.with_transaction(self._batch)[f"{array}/{key}"] = bytes(value)
+            self._batch_bytes += len(value)
+            if self._batch_bytes >= BATCH_BYTES:
+                self._submit()
 
-    @contextlib.contextmanager
-    def naming(self, array: str) -> Iterator[None]:
-        """tensorstore's errors as those of the file system."""
-        try:
-            yield
-        except ValueError as error:
-            number = errno.ENOSPC if "No space left" in str(error) else errno.EIO
-            raise OSError(number, str(error), os.fspath(self.folder / array)) from None
+    def flush(self) -> None:
+        with self._lock:
+            if (
+                self._store is None
+            ):  # an empty database, so that the folder is that of a process that wrote
+                self._store = self._open()
+            self._submit()
+            self._wait()
+        self._pool.shutdown()
+        sync_tree(self._folder)
+
+    def discard(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        if self._batch is not None:
+            self._batch.abort()
+        remove(self._folder)
+
+    def _open(self) -> Any:
+        import tensorstore as ts
+
+        spec = {"driver": "ocdbt", "base": kvstore(str(self._folder))}
+        return ts.KvStore.open(spec).result()
+
+    def _submit(self) -> None:
+        """Hands the batch to the thread that commits, once it is done with the one before."""
+        self._wait()
+        if self._batch is not None:
+            self._commit = self._pool.submit(self._committed, self._batch)
+            self._batch, self._batch_bytes = None, 0
+
+    def _committed(self, batch: Any) -> None:
+        with naming(self._folder):
+            batch.commit_async().result()
+
+    def _wait(self) -> None:
+        if self._commit is not None:
+            self._commit.result()
+
+
+@contextlib.contextmanager
+def naming(path: epath.Path) -> Iterator[None]:
+    """Errors of the disk with the file's name; tensorstore's too."""
+    try:
+        yield
+    except OSError as error:
+        message = error.strerror or str(error)
+        raise OSError(error.errno, message, os.fspath(path)) from error
+    except ValueError as error:
+        number = errno.ENOSPC if "No space left" in str(error) else errno.EIO
+        raise OSError(number, str(error), os.fspath(path)) from None
 
 
 def put_file(path: epath.Path, content: bytes) -> None:

@@ -11,6 +11,8 @@ A chunk that is absent is an error, or zeros where the format that holds the arr
 from __future__ import annotations
 
 import dataclasses
+import gzip
+import json
 import math
 import threading
 from collections.abc import Mapping, Sequence
@@ -65,9 +67,9 @@ class Metadata:
 
     def key(self, position: Sequence[int]) -> str:
         """The name of a chunk below the array's."""
-        if self.version == 2:
-            return self.separator.join(map(str, position)) or "0"
         parts = self.separator.join(map(str, position))
+        if self.version == 2:
+            return parts or "0"
         return f"c{self.separator}{parts}" if parts else "c"
 
 
@@ -327,24 +329,60 @@ def _counts(values: Any) -> tuple[int, ...]:
     return tuple(values)
 
 
-def spec_v2(
-    leaf: LeafSpec, chunk: Sequence[int], compressor: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """What `.zarray` shall say of a new array, as far as tensorstore wants to be told."""
-    named = "bfloat16" if leaf.dtype == DTYPES["bfloat16"] else leaf.dtype.str
-    return {
-        "shape": list(leaf.shape),
-        "chunks": list(chunk),
-        "dtype": named,
-        "compressor": compressor,
-    }
+# --- New arrays, whose chunks are plain bytes or gzip ---------------------------------------------
 
 
-def spec_v3(leaf: LeafSpec, chunk: Sequence[int]) -> dict[str, Any]:
-    """The same of `zarr.json`, uncompressed."""
-    return {
+def metadata_file(
+    version: int, leaf: LeafSpec, chunk: Sequence[int], gzip_level: int | None = None
+) -> tuple[str, bytes]:
+    """Name and content of the file that describes a new array."""
+    named = leaf.dtype.name
+    if version == 2:
+        tree: dict[str, Any] = {
+            "zarr_format": 2,
+            "shape": list(leaf.shape),
+            "chunks": list(chunk),
+            "dtype": named if leaf.dtype == DTYPES["bfloat16"] else leaf.dtype.str,
+            "compressor": compressor(gzip_level),
+            "fill_value": None,
+            "filters": None,
+            "order": "C",
+            "dimension_separator": ".",
+        }
+        return V2_FILE, json.dumps(tree).encode()
+    assert version == 3 and gzip_level is None
+    tree = {
+        "zarr_format": 3,
+        "node_type": "array",
         "shape": list(leaf.shape),
-        "data_type": leaf.dtype.name,
+        "data_type": named,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunk)}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
         "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+        "fill_value": False if named == "bool" else 0.0 if "float" in named else 0,
     }
+    return V3_FILE, json.dumps(tree).encode()
+
+
+def compressor(gzip_level: int | None) -> dict[str, Any] | None:
+    """What zarr 2 calls a packing."""
+    return None if gzip_level is None else {"id": "gzip", "level": gzip_level}
+
+
+def chunk_key(version: int, index: Index, chunk: Sequence[int]) -> str:
+    """The name of the chunk that begins where a box does."""
+    parts = [str(part.start // size) for part, size in zip(index, chunk, strict=True)]
+    if version == 2:
+        return ".".join(parts) or "0"
+    return "/".join(["c", *parts])
+
+
+def encoded(array: np.ndarray, chunk: Sequence[int], gzip_level: int | None = None) -> memoryview:
+    """The bytes of a chunk: at full size, with zeros beyond the array's edge."""
+    if array.shape != tuple(chunk):
+        padded = np.zeros(chunk, array.dtype)
+        padded[boxes.whole(array.shape)] = array
+        array = padded
+    data = boxes.bytes_of(np.ascontiguousarray(array))
+    # Without the time of day, so that the same array gives the same bytes.
+    return data if gzip_level is None else memoryview(gzip.compress(data, gzip_level, mtime=0))
