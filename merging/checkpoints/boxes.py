@@ -189,26 +189,21 @@ class Assembler:
 
 
 def held_bytes(
-    specs: Mapping[str, LeafSpec],
-    *,
-    chunk_bytes: int,
-    window_bytes: int,
-    threads: int,
-    batch_bytes: int,
+    specs: Mapping[str, LeafSpec], *, chunk_bytes: int, window_bytes: int, threads: int
 ) -> int:
-    """Bytes that a writer of chunks may hold at once, from specs alone.
+    """Bytes that assemblers may hold at once, from specs alone.
 
     Args:
-      window_bytes: how far apart boxes may come from storage order: the bytes of all boxes that may be written before
-        one that precedes them (results waiting in line, and those in work).
-      threads: how many call `write` at once; each has one chunk on its way to the disk, as bytes.
-      batch_bytes: what the store keeps before it commits: 0 for folders. See `tree_writer.memory_bytes`.
+      window_bytes: how far apart boxes may come from storage order: the bytes of all boxes that may be put before one that
+        precedes them (results waiting in line, and those in work).
+      threads: how many put boxes at once; each has one full chunk on its way to the store.
     """
-    largest = max(
-        (
-            math.prod(chunk_shape(spec, chunk_bytes)) * spec.dtype.itemsize
-            for spec in specs.values()
-        ),
+    return window_bytes + (2 + threads) * largest_chunk_bytes(specs, chunk_bytes)
+
+
+def largest_chunk_bytes(specs: Mapping[str, LeafSpec], chunk_bytes: int) -> int:
+    """Of the chunks in which these leaves are stored."""
+    return max(
+        (math.prod(chunk_shape(s, chunk_bytes)) * s.dtype.itemsize for s in specs.values()),
         default=0,
     )
-    return window_bytes + 2 * largest + threads * largest + batch_bytes

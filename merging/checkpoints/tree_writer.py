@@ -29,7 +29,7 @@ from merging.checkpoints import boxes, zarr
 from merging.checkpoints.format import CheckpointError, Index, LeafSpec
 from merging.checkpoints.ocdbt import MANIFEST, kvstore
 from merging.checkpoints.safetensors_header import show
-from merging.checkpoints.storage import is_local
+from merging.checkpoints.storage import is_local, start_writeback
 from merging.checkpoints.trees import (
     Constant,
     Path,
@@ -240,6 +240,27 @@ class TreeWriter:
         return carried
 
 
+def memory_bytes(
+    specs: Mapping[str, LeafSpec],
+    *,
+    chunk_bytes: int = CHUNK_BYTES,
+    window_bytes: int,
+    threads: int,
+    is_database: bool,
+) -> int:
+    """Bytes that a writer may hold at once, from specs alone; arguments as in `boxes.held_bytes`.
+
+    A database holds a batch that fills and one that is committed, each at most a chunk over its size, which the commit
+    writes from where they are.
+    """
+    largest = boxes.largest_chunk_bytes(specs, chunk_bytes)
+    batches = 2 * (BATCH_BYTES + largest) if is_database else 0
+    held = boxes.held_bytes(
+        specs, chunk_bytes=chunk_bytes, window_bytes=window_bytes, threads=threads
+    )
+    return held + batches
+
+
 def _share(specs: Mapping[str, LeafSpec], index: int, count: int, is_small: Any) -> list[str]:
     """The leaves of one process: runs in storage order of about as many bytes each; small ones are the main one's."""
     total = sum(spec.nbytes for spec in specs.values())
@@ -337,6 +358,7 @@ class DatabaseStore:
         self._store: Any = None
         self._batch: Any = None
         self._batch_bytes = 0
+        self._written: set[str] = set()  # files of which the disk was told
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "commit")
         self._commit: concurrent.futures.Future[None] | None = None
 
@@ -374,7 +396,8 @@ class DatabaseStore:
         import tensorstore as ts
 
         spec = {"driver": "ocdbt", "base": kvstore(str(self._folder))}
-        return ts.KvStore.open(spec).result()
+        # Not synced at every commit, for which the next would wait; at the end, when most of it is on disk.
+        return ts.KvStore.open(spec, context=ts.Context({"file_io_sync": False})).result()
 
     def _submit(self) -> None:
         """Hands the batch to the thread that commits, once it is done with the one before."""
@@ -386,6 +409,11 @@ class DatabaseStore:
     def _committed(self, batch: Any) -> None:
         with naming(self._folder):
             batch.commit_async().result()
+        if is_local(self._folder):
+            for file in os.scandir(os.fspath(self._folder / "d")):
+                if file.name not in self._written:
+                    self._written.add(file.name)
+                    _begin_writeback(file.path)
 
     def _wait(self) -> None:
         if self._commit is not None:
@@ -430,6 +458,11 @@ def sync_folder(folder: epath.Path) -> None:
         for path in (folder / MANIFEST, folder):
             if path.exists():
                 _sync(os.fspath(path))
+
+
+def _begin_writeback(path: str) -> None:
+    with open(path, "rb") as handle:
+        start_writeback(handle.fileno(), 0, 0)  # 0 bytes: to the end
 
 
 def _sync(path: str) -> None:
