@@ -160,7 +160,7 @@ class Assembler:
         for position in chunks_of(index, self.chunk):
             of_chunk = chunk_box(position, self.chunk, self.spec.shape)
             shared = intersection(index, of_chunk)
-            part = array[relative(shared, index)]
+            part = array[(*relative(shared, index), ...)]  # `...`: an array even for ()
             full = part if shared == of_chunk else self._gather(position, of_chunk, shared, part)
             if full is not None:
                 self._emit(of_chunk, full)
@@ -177,7 +177,7 @@ class Assembler:
                 shape = tuple(p.stop - p.start for p in of_chunk)
                 self._open[position] = np.empty(shape, self.spec.dtype), math.prod(shape)
             buffer = self._open[position][0]
-        buffer[relative(shared, of_chunk)] = part  # parts are disjoint: no lock
+        buffer[(*relative(shared, of_chunk), ...)] = part  # parts are disjoint: no lock
         with self._lock:
             wanting = self._open[position][1] - part.size
             self._open[position] = buffer, wanting

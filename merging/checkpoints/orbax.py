@@ -97,7 +97,7 @@ class Reader(TreeReader):
         arrays = _open_arrays(
             leaves,
             folder,
-            absent_is_zero=tree.get("store_array_data_equal_to_fill_value") is not True,
+            may_lack_chunks=tree.get("store_array_data_equal_to_fill_value") is not True,
             context=context,
         )
         wanted = 2 * max((array.cached_bytes for array in arrays.values()), default=0)
@@ -186,7 +186,7 @@ def _strings(folder: Folder) -> Mapping[str, Any]:
 
 
 def _open_arrays(
-    leaves: list[Path], folder: Folder, *, absent_is_zero: bool, context: zarr.Context
+    leaves: list[Path], folder: Folder, *, may_lack_chunks: bool, context: zarr.Context
 ) -> dict[Path, zarr.Array]:
     in_database = ocdbt.MANIFEST in folder.files
     if in_database:
@@ -210,7 +210,7 @@ def _open_arrays(
             name,
             by_array[name],
             in_database=in_database,
-            absent_is_zero=absent_is_zero,
+            may_lack_chunks=may_lack_chunks,
             context=context,
         )
     return arrays

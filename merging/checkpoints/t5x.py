@@ -7,7 +7,7 @@ Writing: what T5X restores, by pieces, from several processes.
 Format (legacy, "version 3"): `checkpoint` is msgpack, {"version": 3, "optimizer": {"target": parameters, "state": {"step",
 "param_states"}}}. A leaf is an array in it, or tensorstore's description of an array in a folder beside it, named by
 its keys joined by `.`. Version 2 stored bfloat16 as uint16. Files of T5X's first steps to Orbax hold strings
-`PLACEHOLDER://name` in place of the description. T5X leaves out chunks that are zero.
+`PLACEHOLDER://name` in place of the description. Chunks may be absent where `.zarray` names a fill value.
 
 Format (Orbax): a step's folder with the item `state`, the same tree. `Reader` reads both, and finds which it is.
 """
@@ -136,7 +136,7 @@ class Reader(TreeReader):
             )
         options: dict[str, Any] = {
             "in_database": False,
-            "absent_is_zero": True,
+            "may_lack_chunks": True,
             "context": self._context,
         }
         array = zarr.Array(self._opening, name, self._blobs[name], **options)

@@ -20,7 +20,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from etils import epath
@@ -273,6 +273,7 @@ def _share(specs: Mapping[str, LeafSpec], index: int, count: int, is_small: Any)
     return mine
 
 
+@runtime_checkable
 class ChunkStore(Protocol):
     """Where the files of arrays are put: (array, name of the file, content). Thread-safe."""
 

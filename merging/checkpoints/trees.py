@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -37,6 +37,7 @@ _STATE_KEYS = ("opt_state", "optimizer_state", "optimizer", "step", "tx")
 _MAX_KEY_BYTES = 4096
 
 
+@runtime_checkable
 class Stored(Protocol):
     """An array in a file of some format."""
 

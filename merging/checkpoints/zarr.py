@@ -5,7 +5,8 @@ read by range, as a safetensors file is: only the bytes of the box, into the cal
 are decoded by tensorstore, whole chunks at a time, which it keeps in a cache, since boxes that follow each other lie in the
 same chunks.
 
-A chunk that is absent is an error, or zeros where the format that holds the array leaves out chunks of zeros.
+A chunk that is absent is an error; only where the metadata names a fill value, and the format that holds the array leaves out
+chunks of that value, is it taken for them.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ _V2_DTYPES = {dtype.str: dtype for name, dtype in DTYPES.items() if name != "bfl
 
 @dataclasses.dataclass(frozen=True)
 class Metadata:
-    """What `.zarray` or `zarr.json` says. `direct`: chunks hold the plain bytes of their elements in C order."""
+    """What `.zarray` or `zarr.json` says. `direct`: chunks hold the plain bytes of their elements in C order; `has_fill`:
+    it names the value of chunks that are absent."""
 
     version: int
     shape: tuple[int, ...]
@@ -60,6 +62,7 @@ class Metadata:
     dtype: np.dtype
     direct: bool
     separator: str
+    has_fill: bool
 
     @property
     def chunk_bytes(self) -> int:
@@ -81,7 +84,7 @@ class Array:
       name: of the array, "" where its files lie in the folder itself.
       blobs: where each of its keys (metadata and chunks, without the name) lies.
       in_database: whether the keys are those of an OCDBT database.
-      absent_is_zero: whether a chunk may be absent.
+      may_lack_chunks: whether a chunk of the fill value may be absent.
       context: tensorstore's, with the cache of decoded chunks.
       view: a dtype of the same size as which the elements are taken.
 
@@ -99,12 +102,11 @@ class Array:
         blobs: Mapping[str, Blob],
         *,
         in_database: bool,
-        absent_is_zero: bool,
+        may_lack_chunks: bool,
         context: Context,
         view: np.dtype | None = None,
     ):
         self._folder, self._name, self._in_database = folder, name, in_database
-        self._absent_is_zero = absent_is_zero
         self._context = context
         self._lock = threading.Lock()
         self._opened: Any = None
@@ -118,6 +120,8 @@ class Array:
         self.metadata = _parse(self.raw, file, f"{self._where}: {file}")
         self.shape = self.metadata.shape
         self.dtype = view or self.metadata.dtype
+        # tensorstore stores every chunk of an array without a fill value: one that is absent there was lost.
+        self._may_lack = may_lack_chunks and self.metadata.has_fill
         self._chunks = {key: blob for key, blob in blobs.items() if key != file}
         self._check_chunks()
 
@@ -182,7 +186,7 @@ class Array:
                     "kvstore": store,
                     "recheck_cached_data": False,
                     "recheck_cached_metadata": False,
-                    "fill_missing_data_reads": self._absent_is_zero,
+                    "fill_missing_data_reads": self._may_lack,
                 }
                 opened = ts.open(spec, read=True, open=True, context=self._context.get()).result()
                 if (opened.shape, opened.dtype.numpy_dtype) != (self.shape, self.metadata.dtype):
@@ -196,7 +200,7 @@ class Array:
     def _check_chunks(self) -> None:
         meta = self.metadata
         wanted = math.prod(-(-s // c) for s, c in zip(meta.shape, meta.chunk, strict=True))
-        if len(self._chunks) > wanted or (len(self._chunks) < wanted and not self._absent_is_zero):
+        if len(self._chunks) > wanted or (len(self._chunks) < wanted and not self._may_lack):
             raise CheckpointError(
                 f"{self._where}: {len(self._chunks)} chunks are stored, shape {list(meta.shape)} in chunks of "
                 f"{list(meta.chunk)} has {wanted}; the checkpoint is unfinished or damaged: write it again"
@@ -300,7 +304,15 @@ def _parse_v2(tree: Mapping[str, Any]) -> Metadata:
         and not named.startswith(">")
     )
     dtype = _V2_DTYPES[named.replace(">", "<")]
-    return Metadata(2, _counts(tree["shape"]), _counts(tree["chunks"]), dtype, direct, separator)
+    return Metadata(
+        2,
+        _counts(tree["shape"]),
+        _counts(tree["chunks"]),
+        dtype,
+        direct,
+        separator,
+        tree["fill_value"] is not None,
+    )
 
 
 def _parse_v3(tree: Mapping[str, Any]) -> Metadata:
@@ -317,7 +329,9 @@ def _parse_v3(tree: Mapping[str, Any]) -> Metadata:
     if separator not in (".", "/"):
         raise ValueError(f"separator is {show(separator)}")
     chunk = _counts(grid["configuration"]["chunk_shape"])
-    return Metadata(3, _counts(tree["shape"]), chunk, DTYPES[tree["data_type"]], False, separator)
+    return Metadata(
+        3, _counts(tree["shape"]), chunk, DTYPES[tree["data_type"]], False, separator, True
+    )
 
 
 def _counts(values: Any) -> tuple[int, ...]:
