@@ -18,6 +18,7 @@ INSTALL_REQUIRES = [
     # Files. epath gives gs:// and local paths one interface; tensorstore reads and writes arrays in chunks.
     "etils[epath]>=1.15.0",
     "tensorstore>=0.1.86",
+    "msgpack>=1.2",  # T5X's files are written by it; read without, since it would take memory for all arrays
     "crc32c>=2.7",  # in hardware and without Python's lock, which google-crc32c holds
     # Entry points.
     "absl-py>=2.5.1",

@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 
 from merging import manifest
-from merging.checkpoints import FORMATS, format_of, open_checkpoint
+from merging.checkpoints import FORMATS, format_of, open_checkpoint, open_writer
 from merging.checkpoints.format import LeafSpec, Reader, Writer
 from merging.checkpoints.huggingface import read_config
 from merging.checkpoints.known_layouts import named_layout
@@ -292,14 +292,15 @@ def _write(
 @contextlib.contextmanager
 def _writer(planned: Plan, folder: epath.Path) -> Iterator[Writer]:
     """The writer of the output's format; what it wrote is removed if anything fails."""
-    options: dict[str, Any] = {}
-    if planned.format == "safetensors":
-        options = {
-            "shard_bytes": planned.settings.shard_bytes,
-            "carry_from": planned.folder,
-            "config_dtype": planned.settings.output_dtype,
-        }
-    writer = FORMATS[planned.format](folder, planned.specs, **options)
+    writer = open_writer(
+        planned.format,
+        folder,
+        planned.specs,
+        like=planned.reader,
+        carry_from=planned.folder,
+        shard_bytes=planned.settings.shard_bytes,
+        dtype=planned.settings.output_dtype,
+    )
     try:
         yield writer
     except BaseException:

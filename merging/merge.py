@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 
 from merging import manifest
-from merging.checkpoints import safetensors
+from merging.checkpoints import open_writer
 from merging.checkpoints.format import LeafSpec
 from merging.engine import hosts
 from merging.engine.groups import group_by_scale, without_scale
@@ -172,26 +172,24 @@ class _Run:
 
     @contextlib.contextmanager
     def _opened(self, folder: epath.Path) -> Iterator[dict[str, Output]]:
-        """One output per merge, each with this host's shards; what was written is removed if anything fails."""
-        plan, processes = self.plan, jax.process_count()
-        total = sum(spec.nbytes for spec in plan.specs.values())
-        # Shards are what hosts share out among themselves, so there must be enough of them.
-        shard_bytes = min(plan.settings.shard_bytes, max(1, -(-total // processes)))
-        shards = safetensors.plan_shards(plan.specs, shard_bytes)
-        mine = [i for i in range(len(shards)) if i % processes == jax.process_index()]
+        """One output per merge, each with this host's leaves; what was written is removed if anything fails."""
+        plan = self.plan
         outputs: dict[str, Output] = {}
         try:
             for name in plan.merges:
                 target = folder / name if name else folder
                 target.mkdir(parents=True, exist_ok=True)
-                writer = safetensors.Writer(
+                writer = open_writer(
+                    plan.format,
                     target,
                     plan.specs,
-                    shard_bytes=shard_bytes,
-                    carry_from=plan.base.folder,
-                    shards_mine=mine,
-                    is_main=hosts.is_main(),
-                    config_dtype=plan.settings.output_dtype,
+                    like=plan.base,
+                    carry_from=plan.carry_from,
+                    shard_bytes=plan.settings.shard_bytes,
+                    dtype=plan.settings.output_dtype,
+                    optimizer_state=plan.settings.optimizer_state,
+                    process_index=jax.process_index(),
+                    process_count=jax.process_count(),
                 )
                 outputs[name] = Output(writer)
             yield outputs
@@ -286,9 +284,12 @@ class _Run:
 
     def _commit_weights(self, outputs: Mapping[str, Output]) -> None:
         begun = time.perf_counter()
-        for output in outputs.values():
-            output.writer.commit()
-            self.written += output.nbytes
+        for turn in (False, True):  # the main host last
+            if hosts.is_main() == turn:
+                for output in outputs.values():
+                    output.writer.commit()
+                    self.written += output.nbytes
+            hosts.wait_for_all(f"weights committed {turn}")
         self.commit_seconds = time.perf_counter() - begun
 
     def _finish(

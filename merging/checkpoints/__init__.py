@@ -2,34 +2,127 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from etils import epath
 
-from merging.checkpoints import safetensors
-from merging.checkpoints.format import CheckpointError, Reader
+from merging.checkpoints import orbax, safetensors, t5x
+from merging.checkpoints.format import CheckpointError, LeafSpec, Reader, Writer
+from merging.checkpoints.trees import TreeReader
 
 # Writers by the names that FORMAT takes. Their arguments behind (folder, specs) are their own.
-FORMATS: Mapping[str, Callable[..., Any]] = {"safetensors": safetensors.Writer}
+FORMATS: Mapping[str, Callable[..., Any]] = {
+    "safetensors": safetensors.Writer,
+    "orbax": orbax.Writer,
+    "t5x": t5x.Writer,
+    "t5x_orbax": t5x.OrbaxWriter,
+}
+
+_STEP = re.compile(r"(?:[A-Za-z0-9-]+_)?\d+")
 
 
 def open_checkpoint(path: epath.PathLike, *, params_path: str | None = None) -> Reader:
     """Opens a checkpoint of any known format.
 
-    `params_path`: where the parameters lie in a train state, for formats that hold one. Raises CheckpointError if nothing
-    is there or nothing known.
+    Args:
+      path: a Hugging Face folder or a safetensors file; an Orbax folder or a step of a CheckpointManager; a step of T5X.
+      params_path: where the parameters are in a tree (Orbax, T5X), keys joined by `/`.
+
+    Raises CheckpointError if nothing is there or nothing known; for a folder of steps it lists them.
     """
-    if params_path is not None:
-        raise CheckpointError(
-            f"{path}: PARAMS_PATH is {params_path!r}, but safetensors files hold parameters only"
-        )
     path = epath.Path(path)
     if not path.exists():
         raise CheckpointError(f"{path} does not exist: name a checkpoint's folder")
+    known = format_of(path)
+    if known == "t5x_orbax":
+        return t5x.open_orbax(path, params_path=params_path)
+    if known == "orbax":
+        return orbax.Reader(path, params_path=params_path)
+    if known == "t5x":
+        return t5x.Reader(path, params_path=params_path)
+    if params_path:
+        raise CheckpointError(f"{path} has no tree in which PARAMS_PATH={params_path!r} could be")
     return safetensors.Reader(path)
 
 
 def format_of(path: epath.Path) -> str:
-    """The name of a checkpoint's format, by what is on disk."""
+    """A name of FORMATS, by what is on disk. Raises CheckpointError with what was found instead."""
+    if path.is_file():
+        return "safetensors"
+    names = sorted(child.name for child in path.iterdir())
+    if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
+        return "safetensors"
+    if orbax.METADATA_FILE in names or orbax.items_of(path):
+        return "t5x_orbax" if t5x.is_orbax(path) else "orbax"
+    if t5x.FILE in names and (path / t5x.FILE).is_file():
+        return "t5x"
+    if t5x.FILE in {child.name for child in (path / "state").iterdir()} if "state" in names else ():
+        raise CheckpointError(f"{path}: give {path / 'state'}, which holds a T5X checkpoint")
+    steps = [name for name in names if _STEP.fullmatch(name) and (path / name).is_dir()]
+    if steps:
+        steps.sort(key=lambda name: int(re.search(r"\d+$", name)[0]))
+        raise CheckpointError(
+            f"{path} is a folder of steps: {', '.join(steps)}; give the path of one, e.g. {path / steps[-1]}"
+        )
+    if any(".orbax-checkpoint-tmp" in name or ".tmp-" in name for name in (path.name, *names)):
+        raise CheckpointError(
+            f"{path} is a checkpoint that was never finished: it holds {names[:8]}"
+        )
     return "safetensors"  # whose reader says what it wanted and what is there
+
+
+def open_writer(
+    name: str,
+    folder: epath.PathLike,
+    specs: Mapping[str, LeafSpec],
+    *,
+    like: Reader,
+    carry_from: epath.PathLike | None = None,
+    shard_bytes: int,
+    dtype: str | None = None,
+    optimizer_state: str = "drop",
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Writer:
+    """A writer of one of FORMATS, with its share of the leaves for this process.
+
+    Args:
+      name: of the format.
+      folder, specs: where, and all leaves in storage order.
+      like: the checkpoint whose tree, beside the parameters, the output takes over, where the format has one.
+      carry_from: a Hugging Face folder whose config and tokenizer go along with safetensors.
+      shard_bytes: of data per file of safetensors, at most.
+      dtype: what config.json shall say of the weights' type; None leaves it.
+      optimizer_state: "drop", or "base": with what `like` holds beside the parameters.
+
+    Processes share a folder: all others commit before process 0 does. Raises ValueError for what the format can't hold.
+    """
+    if name != "safetensors":
+        return FORMATS[name](
+            folder,
+            specs,
+            like=like if isinstance(like, TreeReader) else None,
+            optimizer_state=optimizer_state,
+            process_index=process_index,
+            process_count=process_count,
+        )
+    if optimizer_state != "drop":
+        raise ValueError(
+            f"OPTIMIZER_STATE is {optimizer_state!r}, but safetensors files hold parameters only:"
+            " choose FORMAT='orbax' or 't5x', or OPTIMIZER_STATE='drop'"
+        )
+    # Shards are what processes share out among themselves, so there must be enough of them.
+    total = sum(spec.nbytes for spec in specs.values())
+    shard_bytes = min(shard_bytes, max(1, -(-total // process_count)))
+    number = len(safetensors.plan_shards(specs, shard_bytes))
+    return safetensors.Writer(
+        folder,
+        specs,
+        shard_bytes=shard_bytes,
+        carry_from=carry_from,
+        shards_mine=range(process_index, number, process_count),
+        is_main=process_index == 0,
+        config_dtype=dtype,
+    )

@@ -222,7 +222,7 @@ class ByteSink:
                 return
             start, end = self._dirty
             self._dirty = []
-        _start_writeback(self._descriptor, start, end - start)
+        start_writeback(self._descriptor, start, end - start)
 
     def close(self) -> None:
         """The bytes are on disk when it returns."""
@@ -262,7 +262,7 @@ def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
     return function
 
 
-def _start_writeback(descriptor: int, offset: int, nbytes: int) -> None:
+def start_writeback(descriptor: int, offset: int, nbytes: int) -> None:
     """Has the kernel begin to write a range of a local file to its disk. A hint: only fsync makes sure, and tells errors.
 
     fdatasync in a second thread would do the same, but locks the file against further writes meanwhile.

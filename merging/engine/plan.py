@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from merging import manifest
-from merging.checkpoints import open_checkpoint
+from merging.checkpoints import FORMATS, format_of, open_checkpoint
 from merging.checkpoints.format import LeafSpec, Reader
 from merging.checkpoints.known_layouts import in_layout_of
 from merging.checkpoints.layout_reader import BUFFER_BYTES, LayoutReader
@@ -36,6 +36,9 @@ class Settings:
       output_dtype: float32, bfloat16 or float16; None keeps the type of each leaf of the base.
       memory_budget_bytes: for the buffers of this process.
       shard_bytes: most bytes of data in one output file.
+      params_path: where the parameters are in the tree of a train state (Orbax, T5X), keys joined by `/`; None finds them.
+      format: of the output, a name of `checkpoints.FORMATS`; None keeps the base's.
+      optimizer_state: "drop", or "base" to write what the base's train state holds beside its parameters.
       stacked: {pattern of paths: axis over layers}; see `paths.Stacked`.
       statistics: share of blocks from which statistics are gathered; 0 gathers none.
     """
@@ -49,6 +52,9 @@ class Settings:
     output_dtype: str | None = None
     memory_budget_bytes: int = 1 << 30
     shard_bytes: int = 5_000_000_000
+    params_path: str | None = None
+    format: str | None = None
+    optimizer_state: str = "drop"
     stacked: Mapping[str, int] | None = None
     statistics: float = 1 / 64
 
@@ -59,6 +65,8 @@ class Plan:
 
     Attributes:
       settings: as they were given.
+      format: of the output.
+      carry_from: a Hugging Face folder whose config and tokenizer belong to the base; None where there is none.
       base, experts: open readers.
       output: the folder to be.
       merges: method by name; a single one is named "".
@@ -72,6 +80,8 @@ class Plan:
     """
 
     settings: Settings
+    format: str
+    carry_from: epath.Path | None
     base: Reader
     experts: tuple[Reader, ...]
     output: epath.Path
@@ -116,7 +126,7 @@ class Plan:
                 for name, method in self.merges.items()
             ),
             f"reads      {self.passes} of {size_text(self.input_bytes)}",
-            f"writes     {size_text(self.output_bytes)} as {self.settings.output_dtype or 'the type of each leaf of the base'}",
+            f"writes     {size_text(self.output_bytes)} of {self.format} as {self.settings.output_dtype or 'the type of each leaf of the base'}",
             f"memory     {size_text(self.settings.memory_budget_bytes)}: pieces of {self.limit:,} elements in {self.workers} workers",
         ]
         if self.is_done:
@@ -139,7 +149,10 @@ def plan(settings: Settings) -> Plan:
 
     with contextlib.ExitStack() as opened:
         base_reader, *readers = (
-            opened.enter_context(contextlib.closing(open_checkpoint(path))) for path in inputs
+            opened.enter_context(
+                contextlib.closing(open_checkpoint(path, params_path=settings.params_path))
+            )
+            for path in inputs
         )
         stacked = Stacked(settings.stacked)
         base_specs = with_stacked(base_reader.specs(), stacked)
@@ -164,12 +177,19 @@ def plan(settings: Settings) -> Plan:
             workers,
         )
 
+        base_path = epath.Path(settings.base)
+        base_format = format_of(base_path)
+        output_format = settings.format or base_format
+        is_folder = base_format == "safetensors" and base_path.is_dir()
         identity = {
             "stage": "merge",
             "merges": {name: repr(each) for name, each in merges.items()},
             "seed": settings.seed,
             "output_dtype": settings.output_dtype,
             "shard_bytes": settings.shard_bytes,
+            "params_path": settings.params_path,
+            "format": output_format,
+            "optimizer_state": settings.optimizer_state,
             "stacked": stacked.patterns,
             "statistics": settings.statistics,
             "base": base_reader.digest(),
@@ -184,6 +204,8 @@ def plan(settings: Settings) -> Plan:
         asking = [each for each in merges.values() if each.asks_survey]
         planned = Plan(
             settings=settings,
+            format=output_format,
+            carry_from=base_path if is_folder else None,
             base=base_reader,
             experts=tuple(readers),
             output=output,
@@ -239,6 +261,12 @@ def _check_settings(settings: Settings, merges: Mapping[str, Method]) -> None:
     if settings.output_dtype is not None and settings.output_dtype not in OUTPUT_DTYPES:
         raise ValueError(
             f"output_dtype is {settings.output_dtype!r}: choose one of {', '.join(OUTPUT_DTYPES)}"
+        )
+    if settings.format is not None and settings.format not in FORMATS:
+        raise ValueError(f"FORMAT is {settings.format!r}: choose one of {', '.join(FORMATS)}")
+    if settings.optimizer_state not in ("drop", "base"):
+        raise ValueError(
+            f"OPTIMIZER_STATE is {settings.optimizer_state!r}: choose 'drop' or 'base'"
         )
     if not 0 <= settings.statistics <= 1:
         raise ValueError(

@@ -141,7 +141,7 @@ def test_a_failure_leaves_nothing(
         ({"format": "pickle"}, "choose one of safetensors"),
         ({"output_dtype": "int8"}, "choose one of float32"),
         ({"layout": "rolled"}, "known are stacked"),
-        ({"params_path": "target"}, "hold parameters only"),
+        ({"params_path": "target"}, "has no tree in which PARAMS_PATH"),
         ({"memory_budget_bytes": 100}, "too small to convert"),
         ({"layout": Layout(name="mine", rules=(Rule("a", "b"),))}, "no rule takes it"),
     ],

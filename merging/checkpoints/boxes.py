@@ -1,0 +1,209 @@
+"""Boxes of arrays: where their bytes lie, which chunks they touch, and chunks put together from boxes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from merging.checkpoints.format import Index, LeafSpec
+
+Shape = tuple[int, ...]
+
+
+def whole(shape: Sequence[int]) -> Index:
+    """The box that is the whole array."""
+    return tuple(slice(0, size) for size in shape)
+
+
+def box_shape(spec: LeafSpec, index: Index) -> Shape:
+    """The shape of a box, after checking that it is one of this leaf."""
+    assert len(index) == len(spec.shape) and all(
+        part.step in (None, 1) and 0 <= part.start <= part.stop <= size
+        for part, size in zip(index, spec.shape, strict=True)
+    ), f"{spec.name}: {index} is no box of shape {spec.shape}"
+    return tuple(part.stop - part.start for part in index)
+
+
+def runs(shape: Sequence[int], index: Index) -> tuple[int, Iterator[int]]:
+    """Length of the contiguous runs of a box, and where each starts; in elements, C order."""
+    run, inner = 1, len(shape)
+    # Trailing dimensions taken whole join into one run; the first one taken in part ends it.
+    while inner:
+        inner -= 1
+        length = index[inner].stop - index[inner].start
+        run *= length
+        if length != shape[inner]:
+            break
+    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    first = sum(part.start * stride for part, stride in zip(index, strides, strict=True))
+    outer = [
+        range(0, (part.stop - part.start) * stride, stride)
+        for part, stride in zip(index[:inner], strides[:inner], strict=True)
+    ]
+    return run, (first + sum(steps) for steps in itertools.product(*outer))
+
+
+def row_boxes(shape: Sequence[int], limit: int) -> Iterator[Index]:
+    """Boxes of at most `limit` elements that cover an array, each a contiguous run, in C order."""
+    if math.prod(shape):
+        chunk = _run_shape(shape, None, limit)
+        for chunk_index in chunks_of(whole(shape), chunk):
+            yield chunk_box(chunk_index, chunk, shape)
+
+
+def bytes_of(array: np.ndarray) -> memoryview:
+    """The bytes of a C-contiguous array, writable (bfloat16 has no buffer of its own)."""
+    return memoryview(array.reshape(-1).view(np.uint8))
+
+
+# --- Chunks -------------------------------------------------------------------------------------
+
+
+def chunk_shape(spec: LeafSpec, chunk_bytes: int) -> Shape:
+    """The chunks in which a leaf is stored: contiguous runs of at most `chunk_bytes`, of one layer where stacked.
+
+    Chunks are as even as can be, since the last one is stored at full size. No dimension is 0.
+    """
+    if chunk_bytes < 1:
+        raise ValueError(f"chunk_bytes is {chunk_bytes}, wanted a positive number of bytes")
+    return _run_shape(spec.shape, spec.stacked, max(1, chunk_bytes // spec.dtype.itemsize))
+
+
+def _run_shape(shape: Sequence[int], stacked: int | None, limit: int) -> Shape:
+    chunk = [1] * len(shape)
+    for axis in reversed(range(len(shape))):
+        if axis == stacked:
+            continue
+        size = max(1, shape[axis])
+        if size > limit:
+            chunk[axis] = -(-size // -(-size // limit))
+            break
+        chunk[axis] = size
+        limit //= size
+    return tuple(chunk)
+
+
+def chunks_of(index: Index, chunk: Shape) -> Iterator[Shape]:
+    """The positions in the grid of all chunks that a box touches, in C order."""
+    if any(part.start >= part.stop for part in index):
+        return iter(())
+    return itertools.product(
+        *(range(p.start // c, -(-p.stop // c)) for p, c in zip(index, chunk, strict=True))
+    )
+
+
+def chunk_box(position: Shape, chunk: Shape, shape: Sequence[int]) -> Index:
+    """The box of a chunk, cut at the array's edges."""
+    return tuple(
+        slice(p * c, min((p + 1) * c, size))
+        for p, c, size in zip(position, chunk, shape, strict=True)
+    )
+
+
+def intersection(a: Index, b: Index) -> Index:
+    """The box that two boxes share."""
+    return tuple(
+        slice(max(x.start, y.start), min(x.stop, y.stop)) for x, y in zip(a, b, strict=True)
+    )
+
+
+def relative(index: Index, origin: Index) -> Index:
+    """A box as seen from the first element of another."""
+    return tuple(
+        slice(part.start - start.start, part.stop - start.start)
+        for part, start in zip(index, origin, strict=True)
+    )
+
+
+class Assembler:
+    """Puts the chunks of one array together from boxes that come in any order, from several threads.
+
+    A box that covers a chunk is handed on without a copy; of others, parts are gathered until the chunk is full. What it
+    holds is the chunks begun and not yet full: see `held_bytes`.
+
+    Args:
+      emit: called once a chunk with its box and array [*box], in the thread that brought its last element.
+    """
+
+    def __init__(self, spec: LeafSpec, chunk: Shape, emit: Callable[[Index, np.ndarray], None]):
+        self.spec, self.chunk = spec, chunk
+        self._emit = emit
+        self._lock = threading.Lock()  # guards what follows
+        self._open: dict[Shape, tuple[np.ndarray, int]] = {}  # with the number of elements wanting
+        self._wanting = spec.size
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every element has come."""
+        return self._wanting == 0
+
+    @property
+    def wanting(self) -> int:
+        """How many elements have not come."""
+        return self._wanting
+
+    def put(self, index: Index, array: np.ndarray) -> None:
+        """Takes a box, [*box] in the leaf's dtype. The array is the caller's again when it returns.
+
+        Raises ValueError for another shape or dtype; an element that comes twice is an AssertionError where it is seen.
+        """
+        box = box_shape(self.spec, index)
+        if (array.shape, array.dtype) != (box, self.spec.dtype):
+            raise ValueError(
+                f"{self.spec.name}: got {array.dtype}{list(array.shape)}, wanted "
+                f"{self.spec.dtype}{list(box)}"
+            )
+        for position in chunks_of(index, self.chunk):
+            of_chunk = chunk_box(position, self.chunk, self.spec.shape)
+            shared = intersection(index, of_chunk)
+            part = array[(*relative(shared, index), ...)]  # `...`: an array even for ()
+            full = part if shared == of_chunk else self._gather(position, of_chunk, shared, part)
+            if full is not None:
+                self._emit(of_chunk, full)
+        with self._lock:
+            self._wanting -= array.size
+            assert self._wanting >= 0, f"{self.spec.name}: elements came twice"
+
+    def _gather(
+        self, position: Shape, of_chunk: Index, shared: Index, part: np.ndarray
+    ) -> np.ndarray | None:
+        """Copies a part into its chunk; the chunk where that fills it."""
+        with self._lock:
+            if position not in self._open:
+                shape = tuple(p.stop - p.start for p in of_chunk)
+                self._open[position] = np.empty(shape, self.spec.dtype), math.prod(shape)
+            buffer = self._open[position][0]
+        buffer[(*relative(shared, of_chunk), ...)] = part  # parts are disjoint: no lock
+        with self._lock:
+            wanting = self._open[position][1] - part.size
+            self._open[position] = buffer, wanting
+            assert wanting >= 0, f"{self.spec.name}: elements of {of_chunk} came twice"
+            if wanting:
+                return None
+            del self._open[position]
+            return buffer
+
+
+def held_bytes(
+    specs: Mapping[str, LeafSpec], *, chunk_bytes: int, window_bytes: int, threads: int
+) -> int:
+    """Bytes that assemblers may hold at once, from specs alone.
+
+    Args:
+      window_bytes: how far apart boxes may come from storage order: the bytes of all boxes that may be put before one that
+        precedes them (results waiting in line, and those in work).
+      threads: how many put boxes at once; each has one full chunk on its way to the store.
+    """
+    return window_bytes + (2 + threads) * largest_chunk_bytes(specs, chunk_bytes)
+
+
+def largest_chunk_bytes(specs: Mapping[str, LeafSpec], chunk_bytes: int) -> int:
+    """Of the chunks in which these leaves are stored."""
+    return max(
+        (math.prod(chunk_shape(s, chunk_bytes)) * s.dtype.itemsize for s in specs.values()),
+        default=0,
+    )

@@ -1,0 +1,482 @@
+"""Writes a tree of arrays in chunks: what the writers of Orbax and T5X have in common.
+
+What it promises: boxes in any order, from several threads, put together into whole chunks (`boxes.Assembler`, whose memory
+`boxes.held_bytes` tells from specs alone); nothing that a reader would take for a checkpoint before `commit`; all of it on
+disk after that.
+
+Several processes write one checkpoint, each its own leaves. The caller sees to it that the folder exists before any writer
+is made, that all other processes have returned from `commit` before the main one (index 0) calls it, since it puts together
+what they wrote, and that the folder is renamed or read only after that.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import errno
+import os
+import shutil
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from etils import epath
+
+from merging.checkpoints import boxes, zarr
+from merging.checkpoints.format import CheckpointError, Index, LeafSpec
+from merging.checkpoints.ocdbt import MANIFEST, kvstore
+from merging.checkpoints.safetensors_header import show
+from merging.checkpoints.storage import is_local, start_writeback
+from merging.checkpoints.trees import (
+    Constant,
+    Path,
+    TreeReader,
+    check_paths,
+    name_of,
+    of_name,
+    stored_name,
+)
+
+# Orbax's readers open a chunk each in parallel, ours read by range: large enough for a disk or bucket at full speed, small
+# enough that many are in flight.
+CHUNK_BYTES = 32 << 20
+# Bytes after which what goes into a database is committed.
+BATCH_BYTES = 32 << 20
+# Threads that wait for the disk; most file systems put the waits of several together.
+_SYNCING_THREADS = 8
+# Elements of a box in which what is not merged is copied.
+_COPIED_ELEMENTS = 1 << 19
+
+OPTIMIZER_STATES = ("drop", "base")
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """An array of the tree: `spec` by its name from the root."""
+
+    path: Path
+    spec: LeafSpec
+
+    @property
+    def stored(self) -> str:
+        return stored_name(self.path)
+
+
+class TreeWriter:
+    """A checkpoint being written into a staging folder, which the caller renames when all is done.
+
+    Args:
+      folder: exists; only this writer's own files are made or removed in it.
+      specs: the parameters in storage order.
+      like: the base, whose tree the output takes over: which keys are places in lists, what is no array, and where the
+        parameters are. None: all keys are those of dictionaries.
+      optimizer_state: "base" copies what `like` holds beside the parameters (a share by each process, in `commit`);
+        "drop" leaves it out.
+      params_path: where the parameters go, keys joined by `/`; default as in `like`, or the root.
+      chunk_bytes: of a stored chunk, at most.
+      process_index, process_count: of this process among those that write. 0 is the main one.
+      extra: small arrays by name from the root, written by the main process.
+
+    Raises ValueError for names, dtypes or choices that the format can't hold, before anything is written.
+    """
+
+    def __init__(
+        self,
+        folder: epath.PathLike,
+        specs: Mapping[str, LeafSpec],
+        *,
+        like: TreeReader | None,
+        optimizer_state: str,
+        params_path: str | None,
+        chunk_bytes: int,
+        process_index: int,
+        process_count: int,
+        store: ChunkStore,
+        extra: Mapping[str, np.ndarray] | None = None,
+    ):
+        if optimizer_state not in OPTIMIZER_STATES:
+            raise ValueError(
+                f"optimizer_state is {optimizer_state!r}, wanted one of {OPTIMIZER_STATES}"
+            )
+        if optimizer_state == "base" and like is None:
+            raise ValueError("optimizer_state='base' needs a base that is a tree (Orbax or T5X)")
+        assert 0 <= process_index < process_count
+        self._folder = epath.Path(folder)
+        self._store = store
+        self._chunk_bytes = chunk_bytes
+        self.is_main = process_index == 0
+        self._like = like
+        self._params = (
+            (like.structure.params_path if like else "") if params_path is None else params_path
+        )
+        rest = dict(like.rest) if like is not None and optimizer_state == "base" else {}
+        self._extra = {name: np.asarray(a) for name, a in (extra or {}).items() if name not in rest}
+        everything = {self._rooted(name): spec for name, spec in specs.items()} | rest
+        everything |= {
+            name: LeafSpec(name=name, shape=a.shape, dtype=a.dtype)
+            for name, a in self._extra.items()
+        }
+        self._leaves = {
+            name: Leaf(self._path(name), dataclasses.replace(spec, name=name))
+            for name, spec in everything.items()
+        }
+        self._constants = self._carried_constants(optimizer_state)
+        try:
+            check_paths((leaf.path for leaf in self._leaves.values()), self._folder)
+        except CheckpointError as error:
+            raise ValueError(str(error)) from None
+        self.names_mine = _share(specs, process_index, process_count, self._is_small)
+        self._rest_mine = [n for i, n in enumerate(rest) if i % process_count == process_index]
+        self._assemblers: dict[str, boxes.Assembler] = {}
+        self._lock = threading.Lock()  # guards _assemblers
+        self._done: set[str] = set()
+
+    @property
+    def leaf_names(self) -> list[str]:
+        """Of all arrays of the tree, by their names from the root."""
+        return list(self._leaves)
+
+    def write(self, name: str, index: Index, array: np.ndarray) -> None:
+        """Stores a box, [*box] in the leaf's dtype: one of `names_mine`. See `format.Writer` for the order."""
+        assert name in self.names_mine, f"{name} is not a leaf of this process's"
+        self._put(self._rooted(name), index, array)
+
+    def commit(self) -> None:
+        """All this process wrote is on disk; if it is the main one, the checkpoint is there. See the module on order."""
+        for name in self._rest_mine:
+            for index in self._boxes(name):
+                self._put(name, index, self._like.read_rest(name, index))
+        mine = [self._rooted(name) for name in self.names_mine] + self._rest_mine
+        if self.is_main:
+            for name, array in self._extra.items():
+                self._put(name, boxes.whole(array.shape), array)
+            mine += self._extra
+        for name in mine:
+            if not self._leaves[name].spec.size and name not in self._done:
+                shape = self._leaves[name].spec.shape
+                self._put(name, boxes.whole(shape), np.empty(shape, self._leaves[name].spec.dtype))
+        wanting = [name for name in mine if name not in self._done]
+        assert not wanting, f"commit before these leaves were written whole: {show(wanting)}"
+        self._store.flush()
+        if self.is_main:
+            self._finish()
+
+    def abort(self) -> None:
+        """Removes what this writer wrote; the main one also what makes a checkpoint of all that was written."""
+        self._store.discard()
+        if self.is_main:
+            for path in self._made_last():
+                remove(path)
+
+    # ---- what a format adds ----------------------------------------------------------------------------------------
+
+    def _is_small(self, spec: LeafSpec) -> bool:
+        """Whether the main process keeps a leaf to write it with the metadata."""
+        return False
+
+    def _begin(self, leaf: Leaf) -> boxes.Assembler:
+        """What takes a leaf's boxes."""
+        raise NotImplementedError
+
+    def _made_last(self) -> list[epath.Path]:
+        """What `_finish` makes."""
+        raise NotImplementedError
+
+    def _finish(self) -> None:
+        """Makes a checkpoint of what all processes wrote; main process only."""
+        raise NotImplementedError
+
+    # ---- inside ----------------------------------------------------------------------------------------------------
+
+    def _put(self, name: str, index: Index, array: np.ndarray) -> None:
+        with self._lock:
+            if name not in self._assemblers:
+                assert name not in self._done, f"{name}: elements came twice"
+                self._assemblers[name] = self._begin(self._leaves[name])
+            assembler = self._assemblers[name]
+        assembler.put(index, array)
+        with self._lock:
+            if assembler.is_done and name not in self._done:
+                self._done.add(name)
+                del self._assemblers[name]
+
+    def _boxes(self, name: str) -> Iterator[Index]:
+        return boxes.row_boxes(self._leaves[name].spec.shape, _COPIED_ELEMENTS)
+
+    def _rooted(self, name: str) -> str:
+        return f"{self._params}/{name}" if self._params else name
+
+    def _path(self, name: str) -> Path:
+        """The path of a leaf by its name from the root: as the base has it, else keys of dictionaries."""
+        if self._like is None:
+            return of_name(name)
+        known = self._like.structure.paths
+        if name in known:
+            return known[name]
+        theirs = self._like.structure.params_path
+        inside = name.removeprefix(f"{self._params}/") if self._params else name
+        path = known.get(f"{theirs}/{inside}" if theirs else inside)
+        if path is None:
+            return of_name(name)
+        ours = of_name(self._params) if self._params else ()
+        return ours + path[len(of_name(theirs)) if theirs else 0 :]
+
+    def _carried_constants(self, optimizer_state: str) -> dict[Path, Constant]:
+        if self._like is None:
+            return {}
+        structure = self._like.structure
+        theirs = structure.params_path
+        depth = len(of_name(theirs)) if theirs else 0
+        ours = of_name(self._params) if self._params else ()
+        carried = {}
+        for path, value in structure.constants.items():
+            if name_of(path[:depth]) == theirs:
+                carried[ours + path[depth:]] = value
+            elif optimizer_state == "base":
+                carried[path] = value
+        return carried
+
+
+def memory_bytes(
+    specs: Mapping[str, LeafSpec],
+    *,
+    chunk_bytes: int = CHUNK_BYTES,
+    window_bytes: int,
+    threads: int,
+    is_database: bool,
+) -> int:
+    """Bytes that a writer may hold at once, from specs alone; arguments as in `boxes.held_bytes`.
+
+    A database holds a batch that fills and one that is committed, each at most a chunk over its size, which the commit
+    writes from where they are.
+    """
+    largest = boxes.largest_chunk_bytes(specs, chunk_bytes)
+    batches = 2 * (BATCH_BYTES + largest) if is_database else 0
+    held = boxes.held_bytes(
+        specs, chunk_bytes=chunk_bytes, window_bytes=window_bytes, threads=threads
+    )
+    return held + batches
+
+
+def _share(specs: Mapping[str, LeafSpec], index: int, count: int, is_small: Any) -> list[str]:
+    """The leaves of one process: runs in storage order of about as many bytes each; small ones are the main one's."""
+    total = sum(spec.nbytes for spec in specs.values())
+    before, mine = 0, []
+    for name, spec in specs.items():
+        owner = 0 if is_small(spec) or not total else min(count - 1, before * count // total)
+        before += spec.nbytes
+        if owner == index:
+            mine.append(name)
+    return mine
+
+
+@runtime_checkable
+class ChunkStore(Protocol):
+    """Where the files of arrays are put: (array, name of the file, content). Thread-safe."""
+
+    def put(self, array: str, key: str, value: memoryview) -> None: ...
+
+    def flush(self) -> None:
+        """All that was put is on disk. Raises the error of what could not be."""
+        ...
+
+    def discard(self) -> None:
+        """Removes all that was put."""
+        ...
+
+
+def assembler(
+    store: ChunkStore,
+    leaf: Leaf,
+    chunk: boxes.Shape,
+    *,
+    version: int,
+    gzip_level: int | None = None,
+) -> boxes.Assembler:
+    """Begins a new array and returns what takes its boxes."""
+    file, content = zarr.metadata_file(version, leaf.spec, chunk, gzip_level)
+    store.put(leaf.stored, file, memoryview(content))
+
+    def emit(index: Index, data: np.ndarray) -> None:
+        key = zarr.chunk_key(version, index, chunk)
+        store.put(leaf.stored, key, zarr.encoded(data, chunk, gzip_level))
+
+    return boxes.Assembler(leaf.spec, chunk, emit)
+
+
+class FolderStore:
+    """A folder for each array. Files are synced by threads of their own, so that nobody waits for the disk."""
+
+    def __init__(self, folder: epath.Path):
+        self._folder = folder
+        self._made: dict[epath.Path, None] = {}  # folders of arrays, and below them
+        self._lock = threading.Lock()  # guards _made and _syncs
+        self._pool = concurrent.futures.ThreadPoolExecutor(_SYNCING_THREADS, "sync")
+        self._syncs: collections.deque[concurrent.futures.Future[None]] = collections.deque()
+
+    def put(self, array: str, key: str, value: memoryview) -> None:
+        path = self._folder / array / key
+        with self._lock:
+            if path.parent not in self._made:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._made[path.parent] = None
+        with naming(path), path.open("wb") as handle:
+            handle.write(value if is_local(path) else bytes(value))
+        if is_local(path):
+            with self._lock:
+                self._syncs.append(self._pool.submit(_sync, os.fspath(path)))
+                done = self._syncs.popleft() if self._syncs[0].done() else None
+            if done is not None:
+                done.result()
+
+    def flush(self) -> None:
+        while self._syncs:
+            self._syncs.popleft().result()
+        self._pool.shutdown()
+        for folder in self._made:
+            sync_folder(folder)
+        sync_folder(self._folder)
+
+    def discard(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        for folder in self._made:
+            remove(folder)
+
+
+class DatabaseStore:
+    """An OCDBT database in a folder. Values go into it in batches, each one transaction, committed by a thread of its own.
+
+    A transaction holds its values in memory until it is committed, but one for every value would make as many files, and
+    as many versions of the tree, as there are values.
+    """
+
+    def __init__(self, folder: epath.Path):
+        self._folder = folder
+        self._lock = threading.Lock()  # guards what follows
+        self._store: Any = None
+        self._batch: Any = None
+        self._batch_bytes = 0
+        self._written: set[str] = set()  # files of which the disk was told
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, "commit")
+        self._commit: concurrent.futures.Future[None] | None = None
+
+    def put(self, array: str, key: str, value: memoryview) -> None:
+        import tensorstore as ts
+
+        with self._lock:
+            if self._store is None:
+                self._store = self._open()
+            if self._batch is None:
+                self._batch = ts.Transaction()
+            self._store.with_transaction(self._batch)[f"{array}/{key}"] = bytes(value)
+            self._batch_bytes += len(value)
+            if self._batch_bytes >= BATCH_BYTES:
+                self._submit()
+
+    def flush(self) -> None:
+        with self._lock:
+            if (
+                self._store is None
+            ):  # an empty database, so that the folder is that of a process that wrote
+                self._store = self._open()
+            self._submit()
+            self._wait()
+        self._pool.shutdown()
+        sync_tree(self._folder)
+
+    def discard(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        if self._batch is not None:
+            self._batch.abort()
+        remove(self._folder)
+
+    def _open(self) -> Any:
+        import tensorstore as ts
+
+        spec = {"driver": "ocdbt", "base": kvstore(str(self._folder))}
+        # Not synced at every commit, for which the next would wait; at the end, when most of it is on disk.
+        return ts.KvStore.open(spec, context=ts.Context({"file_io_sync": False})).result()
+
+    def _submit(self) -> None:
+        """Hands the batch to the thread that commits, once it is done with the one before."""
+        self._wait()
+        if self._batch is not None:
+            self._commit = self._pool.submit(self._committed, self._batch)
+            self._batch, self._batch_bytes = None, 0
+
+    def _committed(self, batch: Any) -> None:
+        with naming(self._folder):
+            batch.commit_async().result()
+        if is_local(self._folder):
+            for file in os.scandir(os.fspath(self._folder / "d")):
+                if file.name not in self._written:
+                    self._written.add(file.name)
+                    _begin_writeback(file.path)
+
+    def _wait(self) -> None:
+        if self._commit is not None:
+            self._commit.result()
+
+
+@contextlib.contextmanager
+def naming(path: epath.Path) -> Iterator[None]:
+    """Errors of the disk with the file's name; tensorstore's too."""
+    try:
+        yield
+    except OSError as error:
+        message = error.strerror or str(error)
+        raise OSError(error.errno, message, os.fspath(path)) from error
+    except ValueError as error:
+        number = errno.ENOSPC if "No space left" in str(error) else errno.EIO
+        raise OSError(number, str(error), os.fspath(path)) from None
+
+
+def put_file(path: epath.Path, content: bytes) -> None:
+    """A small file, whole, on disk."""
+    with path.open("wb") as handle:
+        handle.write(content)
+        if is_local(path):
+            handle.flush()
+            os.fsync(handle.fileno())
+
+
+def sync_tree(folder: epath.Path) -> None:
+    """All files and folders below, and the folder itself, are on a local disk when it returns."""
+    if not is_local(folder):
+        return
+    for place, _, files in os.walk(folder):
+        for file in files:
+            _sync(os.path.join(place, file))
+        _sync(place)
+
+
+def sync_folder(folder: epath.Path) -> None:
+    """The names of what lies in a folder, and the manifest of a database there, are on a local disk when it returns."""
+    if is_local(folder):
+        for path in (folder / MANIFEST, folder):
+            if path.exists():
+                _sync(os.fspath(path))
+
+
+def _begin_writeback(path: str) -> None:
+    with open(path, "rb") as handle:
+        start_writeback(handle.fileno(), 0, 0)  # 0 bytes: to the end
+
+
+def _sync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: epath.Path) -> None:
+    """Removes a file or a folder, where there is one."""
+    if path.is_dir():
+        shutil.rmtree(path) if is_local(path) else path.rmtree()
+    else:
+        path.unlink(missing_ok=True)
