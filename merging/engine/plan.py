@@ -16,6 +16,8 @@ from etils import epath
 from merging import manifest
 from merging.checkpoints import open_checkpoint
 from merging.checkpoints.format import LeafSpec, Reader
+from merging.checkpoints.known_layouts import in_layout_of
+from merging.checkpoints.layout_reader import BUFFER_BYTES, LayoutReader
 from merging.engine.compatible import check_compatible, with_stacked
 from merging.engine.pieces import bytes_per_element, is_interleaved, piece_limit
 from merging.methods.method import Method
@@ -144,9 +146,11 @@ def plan(
             opened.enter_context(contextlib.closing(open_checkpoint(path)))
             for path in (base, *experts)
         )
-        check_compatible(base_reader, readers)
         patterns = Stacked(stacked)
         base_specs = with_stacked(base_reader.specs(), patterns)
+        buffer_bytes = min(BUFFER_BYTES, memory_budget_bytes // (4 * len(readers)))
+        readers = [in_layout_of(base_specs, r, buffer_bytes=buffer_bytes) for r in readers]
+        check_compatible(base_reader, readers)
         dtype = None if output_dtype is None else np.dtype(output_dtype)
         specs = {
             name: dataclasses.replace(spec, dtype=dtype)
@@ -155,7 +159,15 @@ def plan(
             for name, spec in base_specs.items()
         }
         workers = max(2, os.cpu_count() or 1)
-        limit = _limit(base_specs, readers, specs, len(merges), memory_budget_bytes, workers)
+        rearranged = sum(isinstance(reader, LayoutReader) for reader in readers)
+        limit = _limit(
+            base_specs,
+            readers,
+            specs,
+            len(merges),
+            memory_budget_bytes - rearranged * buffer_bytes,
+            workers,
+        )
         _check_assembled(base_specs, specs, len(merges), memory_budget_bytes)
 
         identity = {
