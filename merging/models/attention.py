@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -93,6 +94,25 @@ def past_mask(
     if window is not None:
         mask &= positions[:, :, None] - slot < window
     return mask
+
+
+def self_attention(
+    query: Float[Array, "B T N h"],
+    key: Float[Array, "B T K h"],
+    value: Float[Array, "B T K h"],
+    *,
+    view: View,
+    past: KeysValues | None,
+    scale: float,
+) -> tuple[Float[Array, "B T N h"], KeysValues]:
+    """What the queries gather from their own row and, where given, from the cache; and what the cache shall hold of it."""
+    axes = ("batch", "length", "heads", "kv")
+    query = rotate(nn.with_logical_constraint(query, axes), view)
+    new = KeysValues(rotate(key, view), value)
+    blocks = [(new, view.mask)]
+    if past is not None:
+        blocks.insert(0, (past, view.past_mask))
+    return nn.with_logical_constraint(attend(query, blocks, scale=scale), axes), new
 
 
 def attend(

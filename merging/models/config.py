@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 Remat = Literal["none", "dots", "full"]
+LayerKind = Literal["local", "global"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,6 +99,63 @@ class PalmConfig(DecoderConfig):
         return self.vocab_size * d + d + self.num_layers * layer
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlamaConfig(DecoderConfig):
+    """llama: serial blocks, SwiGLU, grouped queries, RMSNorm.
+
+    Attributes:
+      num_kv_heads: key/value heads; divides num_heads.
+      tied_embeddings: the readout uses the embedding, unscaled; else a table of its own.
+    """
+
+    num_kv_heads: int
+    tied_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check("num_kv_heads", self.num_heads % self.num_kv_heads == 0, _GROUPS)
+
+    def num_params(self) -> int:
+        """(1 or 2) V d + d + L (3 d d_ff + 2 d H h + 2 d K h + 2 d)."""
+        d = self.embed_dim
+        tables = 1 if self.tied_embeddings else 2
+        layer = _gated_layer(self, self.num_kv_heads) + 2 * d
+        return tables * self.vocab_size * d + d + self.num_layers * layer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gemma3Config(DecoderConfig):
+    """gemma 3, text: llama's blocks with GeGLU, four norms, normed queries and keys, and mostly local layers.
+
+    Attributes:
+      num_kv_heads: key/value heads; divides num_heads.
+      layer_kinds: "local" or "global" for each layer.
+      window: tokens that a query of a local layer sees, itself included.
+      local_rope_base: base of the rotary wavelengths in local layers (`rope_base` is that of global ones).
+      query_scale: factor of the queries.
+    """
+
+    num_kv_heads: int
+    layer_kinds: tuple[LayerKind, ...]
+    window: int
+    rope_base: float = 1_000_000.0
+    local_rope_base: float = 10_000.0
+    query_scale: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check("num_kv_heads", self.num_heads % self.num_kv_heads == 0, _GROUPS)
+        self._check("layer_kinds", set(self.layer_kinds) <= set(get_args(LayerKind)), _KINDS)
+        self._check("layer_kinds", len(self.layer_kinds) == self.num_layers, "one per layer")
+        self._check("window", self.window >= 1, "at least 1")
+
+    def num_params(self) -> int:
+        """V d + d + L (3 d d_ff + 2 d H h + 2 d K h + 4 d + 2 h)."""
+        d = self.embed_dim
+        layer = _gated_layer(self, self.num_kv_heads) + 4 * d + 2 * self.head_dim
+        return self.vocab_size * d + d + self.num_layers * layer
+
+
 def named(name: str, **changes: Any) -> PalmConfig:
     """One of the named sizes, with some fields changed, e.g. `named("mini_s", vocab_size=1000, dtype="bfloat16")`."""
     if name not in SIZES:
@@ -128,6 +186,15 @@ def _mini(num_layers: int, embed_dim: int) -> PalmConfig:
         mlp_dim=4 * embed_dim,
     )
 
+
+def _gated_layer(config: DecoderConfig, num_kv_heads: int) -> int:
+    """Parameters of one block's kernels: 3 d d_ff + 2 d H h + 2 d K h."""
+    heads = 2 * (config.num_heads + num_kv_heads) * config.head_dim
+    return config.embed_dim * (3 * config.mlp_dim + heads)
+
+
+_GROUPS = "a divisor of num_heads: each key/value head serves as many query heads"
+_KINDS = f"of {get_args(LayerKind)}"
 
 _FLOATS = {
     "float32": np.dtype(np.float32),

@@ -13,6 +13,7 @@ from merging.models.config import DecoderConfig
 
 # N(0, 1 / sqrt(n_in)), as PaLM has it: not truncated.
 KERNEL_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+READOUT_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=0)
 
 
 def linear(
@@ -59,6 +60,23 @@ class TokenEmbedder(nn.Module):
         return readout(hidden, self.embedding.astype(self.config.activation_dtype)) * jnp.float32(
             self.decode_scale
         )
+
+
+class UntiedTokenEmbedder(TokenEmbedder):
+    """An embedding table, and another one for the readout."""
+
+    def setup(self) -> None:
+        super().setup()
+        self.readout = self.param(
+            "readout",
+            nn.with_logical_partitioning(READOUT_INIT, ("vocab", "embed")),
+            (self.config.vocab_size, self.config.embed_dim),
+            self.config.parameter_dtype,
+        )
+
+    def decode(self, hidden: Float[Array, "*rows d"]) -> Float[Array, "*rows V"]:
+        """float32 logits by the readout's own table."""
+        return readout(hidden, self.readout.astype(self.config.activation_dtype))
 
 
 def readout(hidden: Float[Array, "*rows d"], table: Float[Array, "V d"]) -> Float[Array, "*rows V"]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import flax.linen as nn
 from jaxtyping import Array, Float
 
-from merging.models.attention import KeysValues, View, attend, rotate
+from merging.models.attention import KeysValues, View, self_attention
 from merging.models.config import PalmConfig
 from merging.models.decoder import Decoder
 from merging.models.layers import GatedMlp, TokenEmbedder, linear
@@ -70,14 +70,14 @@ class MultiQueryAttention(nn.Module):
     def __call__(
         self, x: Float[Array, "B T d"], view: View, past: KeysValues | None
     ) -> tuple[Float[Array, "B T d"], KeysValues]:
-        query = nn.with_logical_constraint(self.query(x), ("batch", "length", "heads", "kv"))
-        query = rotate(query, view)
-        new = KeysValues(rotate(self.key(x)[:, :, None], view), self.value(x)[:, :, None])
-        blocks = [(new, view.mask)]
-        if past is not None:
-            blocks.insert(0, (past, view.past_mask))
-        mixed = attend(query, blocks, scale=self.config.head_dim**-0.5)
-        mixed = nn.with_logical_constraint(mixed, ("batch", "length", "heads", "kv"))
+        mixed, new = self_attention(
+            self.query(x),
+            self.key(x)[:, :, None],
+            self.value(x)[:, :, None],
+            view=view,
+            past=past,
+            scale=self.config.head_dim**-0.5,
+        )
         return self.out(mixed), new
 
 
