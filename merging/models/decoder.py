@@ -142,6 +142,10 @@ class Decoder(nn.Module):
         """float32 logits of hidden states of any leading shape: a chunk of a batch at a time, where V is large."""
         return self.token_embedder.decode(hidden)
 
+    def readout_table(self) -> tuple[Float[Array, "V d"], float]:
+        """(table, scale) of `readout`, whose logits are scale * hidden . table^T: for who takes the rows in chunks."""
+        return self.token_embedder.table()
+
     def prefill(
         self,
         tokens: Int[Array, "B T"],

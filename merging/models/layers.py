@@ -7,27 +7,45 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from merging.models.config import DecoderConfig
 
-# N(0, 1 / sqrt(n_in)), as PaLM has it: not truncated.
-KERNEL_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
-READOUT_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=0)
-
 
 def linear(
     config: DecoderConfig, features: tuple[int, ...], axes: tuple[str, ...], *, over: int = 1
-) -> nn.DenseGeneral:
+) -> Linear:
     """A linear map without bias from the last `over` axes to `features`; `axes` names those of the kernel."""
-    return nn.DenseGeneral(
-        features=features,
-        axis=tuple(range(-over, 0)),
-        use_bias=False,
-        dtype=config.activation_dtype,
-        param_dtype=config.parameter_dtype,
-        kernel_init=nn.with_logical_partitioning(KERNEL_INIT, axes),
-    )
+    return Linear(features, axes, over, config.activation_dtype, config.parameter_dtype)
+
+
+class Linear(nn.Module):
+    """x . kernel over the last axes of x and the first of the kernel, N(0, 1 / sqrt(n_in)).
+
+    In place of flax's DenseGeneral, which constrains its kernel flattened to a matrix by the names of all of its axes, and
+    so can't be traced on a mesh where it has more than two.
+    """
+
+    features: tuple[int, ...]
+    axes: tuple[str, ...]
+    over: int
+    dtype: DTypeLike
+    param_dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        inputs, outputs = range(self.over), range(self.over, len(self.axes))
+        kernel = self.param(
+            "kernel",
+            nn.with_logical_partitioning(
+                nn.initializers.variance_scaling(1.0, "fan_in", "normal", inputs, outputs),
+                self.axes,
+            ),
+            (*x.shape[-self.over :], *self.features),
+            self.param_dtype,
+        )
+        return jnp.tensordot(x.astype(self.dtype), kernel.astype(self.dtype), self.over)
 
 
 class TokenEmbedder(nn.Module):
@@ -56,10 +74,13 @@ class TokenEmbedder(nn.Module):
         return rows * jnp.asarray(self.encode_scale, rows.dtype)
 
     def decode(self, hidden: Float[Array, "*rows d"]) -> Float[Array, "*rows V"]:
-        """float32 logits by the same table."""
-        return readout(hidden, self.embedding.astype(self.config.activation_dtype)) * jnp.float32(
-            self.decode_scale
-        )
+        """float32 logits by `table`."""
+        table, scale = self.table()
+        return readout(hidden, table.astype(self.config.activation_dtype)) * jnp.float32(scale)
+
+    def table(self) -> tuple[Float[Array, "V d"], float]:
+        """The table that `decode` reads, in the parameters' dtype, and the factor of the logits."""
+        return self.embedding, self.decode_scale
 
 
 class UntiedTokenEmbedder(TokenEmbedder):
@@ -69,14 +90,15 @@ class UntiedTokenEmbedder(TokenEmbedder):
         super().setup()
         self.readout = self.param(
             "readout",
-            nn.with_logical_partitioning(READOUT_INIT, ("vocab", "embed")),
+            nn.with_logical_partitioning(
+                nn.initializers.variance_scaling(1.0, "fan_in", "normal", 1, 0), ("vocab", "embed")
+            ),
             (self.config.vocab_size, self.config.embed_dim),
             self.config.parameter_dtype,
         )
 
-    def decode(self, hidden: Float[Array, "*rows d"]) -> Float[Array, "*rows V"]:
-        """float32 logits by the readout's own table."""
-        return readout(hidden, self.readout.astype(self.config.activation_dtype))
+    def table(self) -> tuple[Float[Array, "V d"], float]:
+        return self.readout, self.decode_scale
 
 
 def readout(hidden: Float[Array, "*rows d"], table: Float[Array, "V d"]) -> Float[Array, "*rows V"]:
