@@ -96,7 +96,7 @@ class Decoder(nn.Module):
         """float32 logits of the token that follows each token.
 
         Args:
-          tokens: int32; a token outside the vocabulary gives NaN.
+          tokens: int32; a token outside the vocabulary makes its row NaN.
           segment_ids: packed sequences have different numbers and don't see one another; 0 is padding.
           positions: of each token within its sequence; None counts along the row.
           prefix_mask: true for inputs, which see one another in both directions (prefix-LM); None is causal.

@@ -64,7 +64,8 @@ def read_params(folder: epath.PathLike, config: LlamaConfig | Gemma3Config) -> A
 
     Raises CheckpointError where leaves are missing, left over, or of another shape.
     """
-    with contextlib.closing(LayoutReader(Reader(folder), layout(config))) as reader:
+    with contextlib.closing(Reader(folder)) as stored:
+        reader = LayoutReader(stored, layout(config))
         found = {name: spec.shape for name, spec in reader.specs().items()}
         wanted = _shapes(config)
         problems = [

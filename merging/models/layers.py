@@ -69,7 +69,7 @@ class TokenEmbedder(nn.Module):
         )
 
     def encode(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T d"]:
-        """Rows of the table; NaN for a token that has none."""
+        """Rows of the table; NaN for a token that has none, which shows in the whole row."""
         rows = jnp.take(self.embedding, tokens, axis=0).astype(self.config.activation_dtype)
         return rows * jnp.asarray(self.encode_scale, rows.dtype)
 
