@@ -38,7 +38,8 @@ class Program:
 
     Attributes:
       lower: traces it.
-      elements: of the result or the leaf on one device, for counts per element.
+      elements: of the result or the leaf on one device, for counts per element; None where such counts say nothing.
+      tokens: that one call reads or writes, over all devices; None where it has none.
       has_64_bits: whether it is traced and compiled with 64-bit types enabled.
       most_traffic: bytes accessed over the unavoidable ones.
       may_send: HLO's dtypes that collectives may move.
@@ -46,7 +47,8 @@ class Program:
 
     name: str
     lower: Callable[[], jax.stages.Lowered]
-    elements: int
+    elements: int | None = None
+    tokens: int | None = None
     has_64_bits: bool = False
     most_traffic: float = math.inf
     may_send: frozenset[str] = frozenset()

@@ -15,9 +15,8 @@ from merging import partitioning
 from merging.models.config import named
 from merging.models.palm import Palm
 from merging.partitioning import MeshShape
-from merging.training import optimizer as optimizers
 from merging.training.batch import Batch
-from merging.training.step import TrainState, accumulated, init_state, train_step
+from merging.training.step import TrainState, init_state, train_step
 
 B, T, V = 8, 24, 128
 CONFIG = named("mini_xs", vocab_size=V)
