@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -23,6 +23,8 @@ from merging.evaluation.score import score
 from merging.models.decoder import Cache, Decoder
 from merging.training.batch import Batch
 from merging.training.step import init_state, train_step
+
+PROGRAMS = ("train", "score", "prefill", "decode")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,40 +47,37 @@ class Work:
 
 
 def model_programs(
-    model: Decoder, mesh: Mesh, work: Work, *, optimizer: optax.GradientTransformation
+    model: Decoder,
+    mesh: Mesh,
+    work: Work,
+    *,
+    optimizer: optax.GradientTransformation,
+    only: Sequence[str] = PROGRAMS,
 ) -> Iterator[Program]:
     """The train step with parameters as the model has them; the others with parameters in the activations' dtype."""
     served = model.clone(
         config=dataclasses.replace(model.config, param_dtype=model.config.dtype, remat="none")
     )
-    for name, lower, tokens in (
-        (
-            "train step",
-            functools.partial(_train, model, mesh, work, optimizer),
-            work.rows * work.length,
-        ),
-        ("scoring", functools.partial(_score, served, mesh, work), work.rows * work.length),
-        (
-            "prefill",
-            functools.partial(_prefill, served, mesh, work),
-            work.prompts * work.prompt_length,
-        ),
-        ("decoding step", functools.partial(_decode, served, mesh, work), work.prompts),
-    ):
-        yield Program(name=name, lower=lower, tokens=tokens)
+    makers = {
+        "train": functools.partial(_train, model, mesh, work, optimizer),
+        "score": functools.partial(_score, served, mesh, work),
+        "prefill": functools.partial(_prefill, served, mesh, work),
+        "decode": functools.partial(_decode, served, mesh, work),
+    }
+    for name in PROGRAMS:
+        if name in only:
+            yield makers[name]()
 
 
-def abstract_params(model: Decoder) -> Any:
-    """The model's parameters as ShapeDtypeStructs, boxed with the names of their axes."""
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))[
-        "params"
-    ]
+def placed_params(model: Decoder, mesh: Mesh) -> Any:
+    """The model's parameters as ShapeDtypeStructs with their shardings."""
+    return _placed(_boxed_params(model), mesh)
 
 
 def _train(
     model: Decoder, mesh: Mesh, work: Work, optimizer: optax.GradientTransformation
-) -> jax.stages.Lowered:
-    boxed = jax.eval_shape(lambda params: init_state(params, optimizer), abstract_params(model))
+) -> Program:
+    boxed = jax.eval_shape(lambda params: init_state(params, optimizer), _boxed_params(model))
     state, batch = _placed(boxed, mesh), _rows(_batch(work), mesh)
     step = functools.partial(
         train_step,
@@ -90,20 +89,17 @@ def _train(
     )
     whole = partitioning.replicated(mesh)
     seed = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
-    with partitioning.use(mesh):
-        jitted = jax.jit(step, out_shardings=(_shardings(state), whole), donate_argnums=0)
-        return jitted.lower(state, batch, seed)
+    jitted = jax.jit(step, out_shardings=(_shardings(state), whole), donate_argnums=0)
+    return _program("train", mesh, jitted, (state, batch, seed), tokens=work.rows * work.length)
 
 
-def _score(model: Decoder, mesh: Mesh, work: Work) -> jax.stages.Lowered:
+def _score(model: Decoder, mesh: Mesh, work: Work) -> Program:
     step = functools.partial(score, model, vocabulary_chunks=work.vocabulary_chunks)
-    params = _params(model, mesh)
-    batch = _rows(_batch(work), mesh)
-    with partitioning.use(mesh):
-        return jax.jit(step).lower(params, batch)
+    arguments = placed_params(model, mesh), _rows(_batch(work), mesh)
+    return _program("score", mesh, jax.jit(step), arguments, tokens=work.rows * work.length)
 
 
-def _prefill(model: Decoder, mesh: Mesh, work: Work) -> jax.stages.Lowered:
+def _prefill(model: Decoder, mesh: Mesh, work: Work) -> Program:
     def prefill(params: Any, tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, Cache]:
         """The prompts' likeliest next tokens and the cache that holds them."""
         room = work.prompt_length + work.new_tokens
@@ -116,13 +112,12 @@ def _prefill(model: Decoder, mesh: Mesh, work: Work) -> jax.stages.Lowered:
     lengths = jax.ShapeDtypeStruct((work.prompts,), jnp.int32)
     rows = _rows((tokens, lengths), mesh)
     cache = partitioning.cache_shardings(_cache(model, work), mesh)
-    params = _params(model, mesh)
-    with partitioning.use(mesh):
-        jitted = jax.jit(prefill, out_shardings=(_shardings(rows[1]), cache))
-        return jitted.lower(params, *rows)
+    jitted = jax.jit(prefill, out_shardings=(_shardings(rows[1]), cache))
+    arguments = placed_params(model, mesh), *rows
+    return _program("prefill", mesh, jitted, arguments, tokens=work.prompts * work.prompt_length)
 
 
-def _decode(model: Decoder, mesh: Mesh, work: Work) -> jax.stages.Lowered:
+def _decode(model: Decoder, mesh: Mesh, work: Work) -> Program:
     def decode(params: Any, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """One token more for each row."""
         variables = {"params": params}
@@ -132,12 +127,9 @@ def _decode(model: Decoder, mesh: Mesh, work: Work) -> jax.stages.Lowered:
     tokens = _rows(jax.ShapeDtypeStruct((work.prompts,), jnp.int32), mesh)
     cache = _cache(model, work)
     cache = _with_shardings(cache, partitioning.cache_shardings(cache, mesh))
-    params = _params(model, mesh)
-    with partitioning.use(mesh):
-        jitted = jax.jit(
-            decode, out_shardings=(tokens.sharding, _shardings(cache)), donate_argnums=2
-        )
-        return jitted.lower(params, tokens, cache)
+    jitted = jax.jit(decode, out_shardings=(tokens.sharding, _shardings(cache)), donate_argnums=2)
+    arguments = placed_params(model, mesh), tokens, cache
+    return _program("decode", mesh, jitted, arguments, tokens=work.prompts)
 
 
 def _likeliest(model: Decoder, variables: Any, hidden: jax.Array) -> jax.Array:
@@ -146,11 +138,24 @@ def _likeliest(model: Decoder, variables: Any, hidden: jax.Array) -> jax.Array:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
+def _program(
+    name: str, mesh: Mesh, jitted: Any, arguments: tuple[Any, ...], *, tokens: int
+) -> Program:
+    def lower() -> jax.stages.Lowered:
+        with partitioning.use(mesh):
+            return jitted.lower(*arguments)
+
+    return Program(name=name, lower=lower, arguments=arguments, tokens=tokens)
+
+
 # ---- shapes and shardings -----------------------------------------------------------------------------------------
 
 
-def _params(model: Decoder, mesh: Mesh) -> Any:
-    return _placed(abstract_params(model), mesh)
+def _boxed_params(model: Decoder) -> Any:
+    """The model's parameters as ShapeDtypeStructs, boxed with the names of their axes."""
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))[
+        "params"
+    ]
 
 
 def _batch(work: Work) -> Batch:
@@ -171,7 +176,7 @@ def _cache(model: Decoder, work: Work) -> Cache:
         lengths = jnp.ones((work.prompts,), jnp.int32)
         return model.apply({"params": params}, tokens, lengths, room, method="prefill")[1]
 
-    return jax.eval_shape(prefill, nn.unbox(abstract_params(model)))
+    return jax.eval_shape(prefill, nn.unbox(_boxed_params(model)))
 
 
 def _placed(boxed: Any, mesh: Mesh) -> Any:
