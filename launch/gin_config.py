@@ -80,6 +80,13 @@ def register_methods() -> None:
         gin.external_configurable(method, module=method.__module__)
 
 
+@functools.cache
+def register_values(*makers: Callable[..., Any]) -> None:
+    """Makes classes and functions that give a stage its arguments bindable under their names. Safe to call twice."""
+    for maker in makers:
+        gin.external_configurable(maker, module=maker.__module__)
+
+
 def parse(
     files: Sequence[str],
     bindings: Sequence[str],

@@ -18,6 +18,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from launch import compile as compiling
+from launch import topology
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -83,7 +84,7 @@ def test_merges_and_surveys_ask_for_little_more_than_they_must(tmp_path: pathlib
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--topology=v5e:1000x3"], "--topology=v5e:1000x3 can't be compiled for"),
+        (["--topology=v5e:1000x3"], "topology v5e:1000x3 can't be compiled for"),
         (["--topology=v5e"], "give a generation and its chips, as in v5e:16x16"),
         (["--topology=v5e:2x4", "--shape=8,8,6"], "can't be cut evenly along axes (1, 2)"),
         (["--topology=v5e:2x4", "--shape=64"], "can't be cut along axes (0,) by a mesh of (2, 4)"),
@@ -104,10 +105,10 @@ def test_errors_are_one_message(arguments: list[str], message: str):
 
 def test_without_libtpu_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
     def absent(name: str) -> str:
-        raise compiling.importlib.metadata.PackageNotFoundError(name)
+        raise topology.importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(compiling.importlib.metadata, "version", absent)
-    monkeypatch.setattr(compiling, "ENVIRONMENT", {})
+    monkeypatch.setattr(topology.importlib.metadata, "version", absent)
+    monkeypatch.setattr(topology, "ENVIRONMENT", {})
     with pytest.raises(ValueError, match=r"libtpu is not installed.*pip install"):
         compiling.described_mesh("v5e:2x4")
 
