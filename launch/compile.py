@@ -1,5 +1,14 @@
 r"""Compiles programs for a TPU that need not be there, with its real compiler, and prints what they ask of a chip.
 
+A model's train step, scoring, prefill, decoding step and in-memory merge, on a slice of a pod (launch/compile_model.py):
+  python -m launch.compile --model=64b --mesh=v5p-128 --json=compiled.json
+
+The same by gin, where all can be set (gin_configs/runs/compile.gin lists the macros):
+  python -m launch.compile --gin_file=gin_configs/models/64b.gin --gin_file=gin_configs/meshes/v5p-128.gin \
+    --gin.MeshShape.fsdp=16 --gin.MeshShape.model=4 --gin.PROGRAMS='["train"]'
+
+It exits with code 1 where a program does not fit, and names the largest arrays.
+
 The merge of each method and its survey passes, for one bfloat16 leaf that is sharded over all chips, without any data:
   python -m launch.compile --topology=v5e:16x16 --shape=66,8192,32768 --experts=8 --methods=ties,dare_ties \
     --json=compiled.json
@@ -16,14 +25,14 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
-import os
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from launch import command, devices
+from launch import command, compile_model, devices, gin_config
+from launch.topology import described_devices
 
 if TYPE_CHECKING:  # the library brings jax, which --help does without
     from jax.sharding import Mesh, NamedSharding
@@ -31,15 +40,6 @@ if TYPE_CHECKING:  # the library brings jax, which --help does without
     from merging.engine.compiled import Figures
     from merging.engine.programs import Program
     from merging.methods.method import Method
-
-# Without the first, libtpu waits for the cloud's metadata server; the next two keep it from complaining about that; and
-# without the last, two processes that compile at the same time fail over the lock of a device that neither uses.
-ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
 
 
 def define_flags() -> None:
@@ -53,6 +53,8 @@ def define_flags() -> None:
         None,
         "Which axis of the leaf each dimension of the topology cuts; default the last ones, 1,2 for 16x16.",
     )
+    flags.DEFINE_string("model", None, "A file of gin_configs/models without .gin, e.g. 64b.")
+    flags.DEFINE_string("mesh", None, "A file of gin_configs/meshes without .gin, e.g. v5p-128.")
     flags.DEFINE_string("json", None, "File to save the figures in; default none.")
 
 
@@ -61,6 +63,27 @@ def main(joined: devices.Processes) -> None:
     if joined.count > 1:
         raise ValueError("compiling is one process: leave out the coordinator and the counts")
     values = flags.FLAGS
+    is_model = values.model or values.mesh or gin_config.GIN_FILE.value
+    report, shortfalls = _of_a_model(values) if is_model else _of_a_leaf(values)
+    if values.json:
+        pathlib.Path(values.json).write_text(json.dumps(report, indent=1) + "\n")
+    if shortfalls:
+        raise ValueError("\n  ".join(["not as promised:", *shortfalls]))
+
+
+def _of_a_model(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
+    resolved = compile_model.configured(
+        gin_config.GIN_FILE.value,
+        gin_config.GIN_BINDINGS.value,
+        model=values.model,
+        mesh=values.mesh,
+        search_paths=gin_config.GIN_SEARCH_PATHS.value,
+    )
+    report = compile_model.compile_model(**resolved.arguments)
+    return {**report, "config": resolved.text}, report["shortfalls"]
+
+
+def _of_a_leaf(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
     shape = _integers("shape", values.shape)
     methods = _methods(values.methods)
     mesh = described_mesh(values.topology)
@@ -91,10 +114,7 @@ def main(joined: devices.Processes) -> None:
             "operations_per_element": found.operations / program.elements,
         }
         shortfalls += program.shortfalls(found)
-    if values.json:
-        pathlib.Path(values.json).write_text(json.dumps(report, indent=1) + "\n")
-    if shortfalls:
-        raise ValueError("\n  ".join(["not as promised:", *shortfalls]))
+    return report, shortfalls
 
 
 def programs(
@@ -125,29 +145,13 @@ def described_mesh(topology: str) -> Mesh:
 
     Raises ValueError where the compiler is absent or does not know the topology.
     """
-    os.environ.update({k: v for k, v in ENVIRONMENT.items() if k not in os.environ})
-    import jax
-    from jax.experimental import topologies
+    import numpy as np
+    from jax.experimental import mesh_utils
+    from jax.sharding import Mesh
 
-    try:
-        importlib.metadata.version("libtpu")
-    except importlib.metadata.PackageNotFoundError:
-        raise ValueError(
-            "libtpu is not installed, and it has the TPU's compiler: pip install 'merging-at-scale[tpu]'"
-        ) from None
-    jax.config.update("jax_platforms", "cpu")  # the compiler is asked for by name; no device is
-    try:
-        dims = tuple(int(size) for size in topology.split(":")[1].split("x"))
-        chips = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-        if math.prod(dims) != len(chips.devices):
-            raise ValueError(f"it has {len(chips.devices)} devices, which is not one a chip")
-        return topologies.make_mesh(chips, dims, tuple("xyz"[: len(dims)]))
-    except (jax.errors.JaxRuntimeError, ValueError, IndexError) as error:
-        said = str(error).splitlines()[0]
-        raise ValueError(
-            f"--topology={topology} can't be compiled for ({said}): give a generation and its chips, as in"
-            " v5e:16x16, v5p:4x4x4 or v6e:16x16"
-        ) from error
+    chips = described_devices(topology)
+    dims = tuple(int(size) for size in topology.partition(":")[2].split("x"))
+    return Mesh(np.asarray(mesh_utils.create_device_mesh(dims, chips)), "xyz"[: len(dims)])
 
 
 def cut(shape: tuple[int, ...], mesh: Mesh, axes: tuple[int, ...] | None) -> NamedSharding:

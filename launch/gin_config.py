@@ -76,8 +76,17 @@ def register_methods() -> None:
     """Makes every merge method bindable under its class name. Safe to call twice."""
     from merging import methods
 
-    for method in methods.METHODS.values():
-        gin.external_configurable(method, module=method.__module__)
+    with gin.unlock_config():  # locked where another stage was parsed before
+        for method in methods.METHODS.values():
+            gin.external_configurable(method, module=method.__module__)
+
+
+@functools.cache
+def register_values(*makers: Callable[..., Any]) -> None:
+    """Makes classes and functions that give a stage its arguments bindable under their names. Safe to call twice."""
+    with gin.unlock_config():
+        for maker in makers:
+            gin.external_configurable(maker, module=maker.__module__)
 
 
 def parse(
@@ -262,7 +271,8 @@ def _stage(stage: Callable[..., Any], name: str) -> None:
         return arguments
 
     gather.__signature__ = inspect.signature(stage)  # what may be bound
-    gin.external_configurable(gather, name=name, module=stage.__module__)
+    with gin.unlock_config():
+        gin.external_configurable(gather, name=name, module=stage.__module__)
 
 
 # ---- words ------------------------------------------------------------------------------------------------------

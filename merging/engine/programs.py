@@ -24,6 +24,7 @@ from merging.engine.resident import EDGES
 from merging.engine.step import Facts, Geometry, Question, count_step, merge_step
 from merging.methods import snake_case
 from merging.methods.method import Method, TaskVectorMethod
+from merging.paths import of_tree_path
 
 # Bytes touched over the unavoidable ones. A merge is one fusion, with a few bytes for thresholds and keys beside it; a
 # survey holds its partial counts on the chip, which the compiler counts as bytes too.
@@ -38,7 +39,9 @@ class Program:
 
     Attributes:
       lower: traces it.
-      elements: of the result or the leaf on one device, for counts per element.
+      elements: of the result or the leaf on one device, for counts per element; None where such counts say nothing.
+      tokens: that one call reads or writes, over all devices; None where it has none.
+      arguments: a tree of ShapeDtypeStructs with shardings, so that they can be named; None where one leaf is all.
       has_64_bits: whether it is traced and compiled with 64-bit types enabled.
       most_traffic: bytes accessed over the unavoidable ones.
       may_send: HLO's dtypes that collectives may move.
@@ -46,7 +49,9 @@ class Program:
 
     name: str
     lower: Callable[[], jax.stages.Lowered]
-    elements: int
+    elements: int | None = None
+    tokens: int | None = None
+    arguments: Any = None
     has_64_bits: bool = False
     most_traffic: float = math.inf
     may_send: frozenset[str] = frozenset()
@@ -61,6 +66,17 @@ class Program:
             except jax.errors.JaxRuntimeError as error:
                 raise ValueError(f"{self.name} does not compile: {error}") from error
         return figures(compiled, compile_seconds=time.perf_counter() - started)
+
+    def largest_arguments(self, count: int) -> list[tuple[str, int]]:
+        """(path, bytes on one device) of the largest arguments."""
+        sizes = [
+            (
+                of_tree_path(path[1:]) or f"argument {of_tree_path(path)}",
+                math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize,
+            )
+            for path, leaf in jax.tree.leaves_with_path(self.arguments)
+        ]
+        return sorted(sizes, key=lambda each: -each[1])[:count]
 
     def shortfalls(self, found: Figures) -> list[str]:
         """What it asks for beyond what it may, in words."""

@@ -18,7 +18,10 @@ from merging.methods.ties import Ties
 
 TIES_FILE = "gin_configs/methods/ties.gin"
 MUST_HAVES = ["BASE = '/base'", "EXPERTS = ['/a', '/b']", "OUTPUT_DIR = '/merged'"]
-GIN_FILES = sorted(gin_config.CONFIGS.rglob("*.gin"))
+GIN_FILES = [
+    *sorted((gin_config.CONFIGS / "methods").glob("*.gin")),
+    gin_config.CONFIGS / "runs" / "merge.gin",
+]  # of the merge; models and meshes have tests of their own
 
 
 def relative(path: pathlib.Path) -> str:

@@ -119,7 +119,9 @@ def test_what_is_in_fusions_counts_and_moves_do_not():
 def test_a_reduction_counts_what_it_applies_to_each_element():
     program = Program(REDUCTIONS)
     assert program.operations == 2 * 50
-    assert program.collectives == {"all-reduce": Collective(count=1, nbytes=40, dtypes=("u32",))}
+    assert program.collectives == {
+        "all-reduce": Collective(count=1, nbytes=40, largest_bytes=20, dtypes=("u32",))
+    }
     assert program.argument_bytes == 400
     assert program.output_bytes == 20
 
@@ -129,7 +131,7 @@ def test_a_loop_counts_as_often_as_it_runs_and_an_asynchronous_collective_once()
     assert program.loops == 1
     assert program.operations == 10 * (1 + 8 + 1)
     assert program.collectives == {
-        "all-gather": Collective(count=10, nbytes=10 * 32 * 4, dtypes=("f32",))
+        "all-gather": Collective(count=10, nbytes=10 * 32 * 4, largest_bytes=128, dtypes=("f32",))
     }
     assert program.output_bytes == 4 + 32
 
@@ -161,7 +163,9 @@ def test_figures_of_a_program_compiled_here():
     found = figures(jax.jit(lambda x: (x + 1, jnp.sum(x))).lower(x).compile(), compile_seconds=2.0)
     assert found.argument_bytes == 8 * 32 * 4
     assert found.output_bytes == 8 * 32 * 4 + 4
-    assert found.collectives == {"all-reduce": Collective(count=1, nbytes=4, dtypes=("f32",))}
+    assert found.collectives == {
+        "all-reduce": Collective(count=1, nbytes=4, largest_bytes=4, dtypes=("f32",))
+    }
     assert 2 * 256 <= found.operations <= 2 * 256 + 32
     assert found.traffic >= 1
     assert found.memory_bytes >= found.argument_bytes + found.output_bytes

@@ -1,0 +1,315 @@
+"""Compiles a model's programs for a TPU slice, and says what each asks of a chip and whether it fits: a part of `launch.compile`.
+
+Train step, scoring, prefill, decoding step, and the merge of a base and its experts in device memory, leaf by leaf as
+`merge_params` does it, all with the shardings of `merging/partitioning.py`.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import importlib.metadata
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from launch import chips, gin_config
+from launch.topology import described_devices
+
+if TYPE_CHECKING:  # the library brings jax, which --help does without
+    import optax
+    from jax.sharding import Mesh
+
+    from merging.engine.compiled import Figures
+    from merging.engine.programs import Program
+    from merging.methods.method import Method
+    from merging.models.config import DecoderConfig
+    from merging.partitioning import MeshShape
+
+RUN_FILE = "gin_configs/runs/compile.gin"
+LARGEST = 5  # arrays named where a program does not fit
+
+
+def configured(
+    files: Sequence[str],
+    bindings: Sequence[str],
+    *,
+    model: str | None,
+    mesh: str | None,
+    search_paths: Sequence[str] = (".",),
+) -> gin_config.Resolved:
+    """What gin files and bindings say, with the files that the short flags name."""
+    from merging.models.config import Gemma3Config, LlamaConfig, PalmConfig, named
+    from merging.partitioning import MeshShape
+    from merging.training.optimizer import adafactor, adamw
+
+    gin_config.register(compile_model, name="compile_model")
+    gin_config.register_methods()
+    gin_config.register_values(
+        named, PalmConfig, LlamaConfig, Gemma3Config, MeshShape, adamw, adafactor
+    )
+    all_files = list(files) if RUN_FILE in files else [RUN_FILE, *files]
+    for folder, name in (("models", model), ("meshes", mesh)):
+        all_files += [] if name is None else [f"gin_configs/{folder}/{name}.gin"]
+    gin_config.parse(all_files, bindings, search_paths=search_paths)
+    return gin_config.resolve(compile_model, name="compile_model")
+
+
+def compile_model(
+    *,
+    model: DecoderConfig,
+    mesh: MeshShape,
+    programs: Sequence[str],
+    rows: int,
+    length: int,
+    prompts: int,
+    prompt_length: int,
+    new_tokens: int,
+    experts: int,
+    methods: Sequence[Method] | None,
+    microbatches: int,
+    vocabulary_chunks: int,
+    remat: str,
+    dtype: str,
+    optimizer: optax.GradientTransformation,
+) -> dict[str, Any]:
+    """Compiles, prints a table, and returns it as JSON, with what does not fit under `shortfalls`.
+
+    Args:
+      model: its dtype and remat are replaced by these.
+      mesh: with a topology.
+      programs: of train, score, prefill, decode, merge.
+      others: as in gin_configs/runs/compile.gin.
+    """
+    from merging.models.palm import Palm
+    from merging.training.programs import PROGRAMS, Work, model_programs
+
+    unknown = set(programs) - {*PROGRAMS, "merge"}
+    if unknown:
+        raise ValueError(
+            f"PROGRAMS has {', '.join(sorted(unknown))}: known are {', '.join(PROGRAMS)}, merge"
+        )
+    if mesh.topology is None:
+        raise ValueError(
+            "MESH has no topology, and nothing can be compiled for it: choose another mesh"
+        )
+    chip = chips.chip_of(mesh.topology)
+    devices = mesh.mesh(described_devices(mesh.topology, slices=mesh.slices))
+    network = Palm(dataclasses.replace(model, dtype=dtype, remat=remat))
+    work = Work(
+        rows=rows,
+        length=length,
+        prompts=prompts,
+        prompt_length=prompt_length,
+        new_tokens=new_tokens,
+        microbatches=microbatches,
+        vocabulary_chunks=vocabulary_chunks,
+    )
+    report: dict[str, Any] = {
+        "topology": mesh.topology,
+        "slices": mesh.slices,
+        "mesh": dict(devices.shape),
+        "device_kind": devices.devices.flat[0].device_kind,
+        "devices": devices.size,
+        "libraries": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
+        "chip": dataclasses.asdict(chip),
+        "parameters": model.num_params(),
+        "work": dataclasses.asdict(work),
+        "programs": {},
+        "shortfalls": [],
+    }
+    print(_heading(report), flush=True)
+    for program in model_programs(network, devices, work, optimizer=optimizer, only=programs):
+        _add(report, program.name, _compiled(program), chip, tokens=program.tokens)
+    if "merge" in programs:
+        for name, found in _merges(network, devices, experts=experts, methods=methods):
+            _add(report, name, found, chip, tokens=None)
+    return report
+
+
+# ---- programs -----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Refused:
+    """A program that the compiler refused: why, and the largest arrays that it is given, on one device."""
+
+    reason: str
+    largest: Sequence[tuple[str, int]]
+
+
+def _compiled(program: Program) -> Figures | Refused:
+    try:
+        return program.compile()
+    except ValueError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        found = re.search(r"RESOURCE_EXHAUSTED: (.*?\.)(\s|$)", str(error), re.DOTALL)
+        return Refused(
+            reason=found[1] if found else str(error), largest=program.largest_arguments(LARGEST)
+        )
+
+
+def _merges(
+    network: Any, mesh: Mesh, *, experts: int, methods: Sequence[Method] | None
+) -> Iterator[tuple[str, Figures | Refused]]:
+    """Each method's merge and survey passes over all leaves: sums, and the largest temporaries.
+
+    Leaves of one shape and sharding are one program, compiled once.
+    """
+    import jax
+    import numpy as np
+
+    from merging.engine.programs import merge_programs
+    from merging.methods import METHODS
+    from merging.paths import of_tree_path
+    from merging.training.programs import placed_params
+
+    params = placed_params(network, mesh)
+    leaves = collections.Counter(
+        (leaf.shape, leaf.sharding, 0 if of_tree_path(path).startswith("layers/") else None)
+        for path, leaf in jax.tree.leaves_with_path(params)
+    )
+    for method in methods or [METHODS[name]() for name in METHODS]:
+        totals: dict[str, list[tuple[int, Figures]]] = collections.defaultdict(list)
+        for (shape, sharding, stacked), count in leaves.items():
+            for program in merge_programs(
+                [method],
+                shape=shape,
+                dtype=np.dtype(network.config.activation_dtype),
+                experts=experts,
+                sharding=sharding,
+                stacked=stacked,
+            ):
+                totals[program.name.partition(",")[0]].append((count, program.compile()))
+        for name, each in totals.items():
+            yield name, _summed(each)
+
+
+def _summed(each: Sequence[tuple[int, Figures]]) -> Figures:
+    """Programs that run one after another, with the arguments and results of all in memory."""
+    from merging.engine.compiled import Collective
+
+    def total(name: str) -> int:
+        return sum(count * getattr(found, name) for count, found in each)
+
+    collectives: dict[str, Collective] = {}
+    for count, found in each:
+        for kind, one in found.collectives.items():
+            before = collectives.get(
+                kind, Collective(count=0, nbytes=0, largest_bytes=0, dtypes=())
+            )
+            collectives[kind] = Collective(
+                count=before.count + count * one.count,
+                nbytes=before.nbytes + count * one.nbytes,
+                largest_bytes=max(before.largest_bytes, one.largest_bytes),
+                dtypes=tuple(sorted({*before.dtypes, *one.dtypes})),
+            )
+    temporaries = max(found.temporary_bytes for _, found in each)
+    summed = ("argument_bytes", "output_bytes", "bytes_accessed", "bytes_touched", "flops")
+    counts = {name: total(name) for name in (*summed, "operations")}
+    return dataclasses.replace(
+        each[0][1],
+        **counts,
+        temporary_bytes=temporaries,
+        memory_bytes=counts["argument_bytes"] + counts["output_bytes"] + temporaries,
+        loops=sum(found.loops for _, found in each),
+        unknown_loops=sum(found.unknown_loops for _, found in each),
+        collectives=collectives,
+        compile_seconds=sum(found.compile_seconds for _, found in each),
+    )
+
+
+# ---- words --------------------------------------------------------------------------------------------------------
+
+_COLUMNS = "| {:<20} | {:>9} | {:>9} | {:>9} | {:>9} | {:>5} | {:>8} | {:>9} | {:>8} | {:<8} | {:>10} | {:>7} | {} |"
+
+
+def _add(
+    report: dict[str, Any],
+    name: str,
+    found: Figures | Refused,
+    chip: chips.Chip,
+    *,
+    tokens: int | None,
+) -> None:
+    """Prints a program's row, and adds it to the report."""
+    if isinstance(found, Refused):
+        largest = ", ".join(f"{path} {_size(size)}" for path, size in found.largest)
+        told = f"{name} does not fit: {found.reason} Its largest arguments: {largest}"
+        report["programs"][name] = {"fits": False, "reason": found.reason, "largest": found.largest}
+        report["shortfalls"].append(told)
+        print(f"| {name:<20} | does not fit: {found.reason} |", flush=True)
+        return
+    fits = found.memory_bytes <= chip.memory_bytes
+    times = chips.roofline(found, chip)
+    tokens_per_s = tokens / times.seconds if tokens else None
+    report["programs"][name] = {
+        "fits": fits,
+        **found.to_json(),
+        "roofline": {**dataclasses.asdict(times), "seconds": times.seconds, "bound": times.bound},
+        "tokens_per_s": tokens_per_s,
+    }
+    if not fits:
+        report["shortfalls"].append(
+            f"{name} does not fit: it needs {_size(found.memory_bytes)} of a chip's {_size(chip.memory_bytes)}"
+        )
+    collectives = ", ".join(
+        f"{each.count} {kind} {_size(each.nbytes)}" for kind, each in found.collectives.items()
+    )
+    print(
+        _COLUMNS.format(
+            name,
+            _size(found.argument_bytes),
+            _size(found.temporary_bytes),
+            _size(found.output_bytes),
+            _size(found.memory_bytes),
+            "yes" if fits else "NO",
+            f"{found.flops / 1e12:.4g}",
+            _size(found.bytes_touched),
+            f"{times.seconds:.3g}",
+            times.bound,
+            "-" if tokens_per_s is None else f"{tokens_per_s:,.0f}",
+            f"{found.compile_seconds:.0f} s",
+            collectives or "none",
+        ),
+        flush=True,
+    )
+
+
+def _heading(report: Mapping[str, Any]) -> str:
+    mesh = ", ".join(f"{name}={size}" for name, size in report["mesh"].items())
+    work = ", ".join(f"{name} {value:,}" for name, value in report["work"].items())
+    columns = (
+        "program",
+        "arguments",
+        "temporary",
+        "outputs",
+        "memory",
+        "fits",
+        "TFLOP",
+        "touched",
+        "least s",
+        "bound by",
+        "tokens/s",
+        "compile",
+        "collectives",
+    )
+    return "\n".join(
+        [
+            f"{report['parameters']:,} parameters, compiled for {report['slices']} x {report['topology']},"
+            f" {report['devices']} x {report['device_kind']} with {_size(report['chip']['memory_bytes'])}, by libtpu"
+            f" {report['libraries']['libtpu']}",
+            f"mesh {mesh}; {work}",
+            "Figures are of one chip; tokens/s are of the whole mesh, at the chips' published peaks: a bound, nothing was run.",
+            "",
+            _COLUMNS.format(*columns),
+            "|" + "---|" * len(columns),
+        ]
+    )
+
+
+def _size(nbytes: int) -> str:
+    from merging.engine.plan import size_text
+
+    return size_text(nbytes)

@@ -1,0 +1,226 @@
+"""Meshes, and the rules that cut every array of a model over one: the only place that maps logical axes to mesh axes.
+
+A mesh has three axes, outermost first:
+
+  data    copies of the model, each with its own rows of the batch; over several slices this axis alone crosses the data centre's network
+  fsdp    rows of the batch too, and every parameter is cut over it and gathered layer by layer (arXiv 1910.02054, stage 3)
+  model   heads, hidden units and vocabulary, whose partial results are added up
+
+Models name the axes of their parameters and activations (`flax.linen.with_logical_partitioning`); `RULES` says over which
+mesh axes each name is cut. An axis that its rule does not cut evenly is an error that names parameter, axis and mesh:
+nothing is padded, and nothing falls back to being whole.
+
+Shardings come from shapes alone (`AbstractMesh`), for devices that are here, or for a described topology.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from merging.paths import of_tree_path
+
+MESH_AXES = ("data", "fsdp", "model")
+
+# In order of precedence: a mesh axis cuts each array once. So `embed` cuts parameters over fsdp, and not activations,
+# whose batch has taken it.
+RULES: tuple[tuple[str, tuple[str, ...] | str | None], ...] = (
+    ("batch", ("data", "fsdp")),
+    ("vocab", "model"),
+    ("mlp", "model"),
+    ("heads", "model"),
+    ("embed", "fsdp"),
+    ("kv_heads", None),  # one in PaLM, few elsewhere: every device of the model axis has them all
+    ("kv", None),
+    ("length", None),
+    ("layers", None),
+)
+CACHE_AXES = ("layers", "batch", "length", "kv_heads", "kv")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshShape:
+    """How many devices lie along each axis of a mesh, and which slices of which TPU they are meant for.
+
+    Attributes:
+      data, fsdp, model: devices along each axis, within one slice.
+      slices: slices that are joined by the data centre's network; the data axis has slices * data devices.
+      topology: of one slice, as TPU compilers name it, `v5p:4x4x4`; None for whatever devices there are.
+      hosts: machines of one slice; None where it is not known.
+    """
+
+    data: int = 1
+    fsdp: int = 1
+    model: int = 1
+    slices: int = 1
+    topology: str | None = None
+    hosts: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in (*MESH_AXES, "slices"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"MeshShape.{name} is {getattr(self, name)}: it must be at least 1"
+                )
+        if self.topology is not None and self.chips != self.data * self.fsdp * self.model:
+            raise ValueError(
+                f"a mesh of data={self.data} x fsdp={self.fsdp} x model={self.model} does not use the {self.chips} chips"
+                f" of {self.topology}: their product must be that"
+            )
+
+    @property
+    def chips(self) -> int:
+        """Devices of one slice."""
+        if self.topology is None:
+            return self.data * self.fsdp * self.model
+        return math.prod(int(size) for size in self.topology.partition(":")[2].split("x"))
+
+    @property
+    def size(self) -> int:
+        """Devices in all."""
+        return self.slices * self.data * self.fsdp * self.model
+
+    @property
+    def axis_sizes(self) -> tuple[int, int, int]:
+        """Devices along data, fsdp and model, over all slices."""
+        return (self.slices * self.data, self.fsdp, self.model)
+
+    def abstract(self) -> AbstractMesh:
+        """The mesh without devices, which is enough for shardings."""
+        return AbstractMesh(self.axis_sizes, MESH_AXES)
+
+    def mesh(self, devices: Sequence[Any] | None = None) -> Mesh:
+        """The mesh of some devices, default all that there are; neighbours in a TPU's torus are neighbours in the mesh."""
+        devices = jax.devices() if devices is None else devices
+        if len(devices) != self.size:
+            raise ValueError(
+                f"a mesh of {describe(self.abstract())} is for {self.size} devices, and there are {len(devices)}:"
+                " choose data, fsdp, model and slices so that their product is that"
+            )
+        if devices[0].platform != "tpu":
+            return Mesh(np.array(devices).reshape(self.axis_sizes), MESH_AXES)
+        within = (self.data, self.fsdp, self.model)
+        if self.slices == 1:
+            laid = mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
+        else:
+            laid = mesh_utils.create_hybrid_device_mesh(
+                within, (self.slices, 1, 1), devices, allow_split_physical_axes=True
+            )
+        return Mesh(laid, MESH_AXES)
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh) -> Iterator[None]:
+    """Within it, models constrain their activations by `RULES` on this mesh: trace and call jitted functions here."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        yield
+
+
+# ---- shardings ----------------------------------------------------------------------------------------------------
+
+
+def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """Shardings of a tree whose arrays may be boxed with the names of their axes: parameters, or a whole train state.
+
+    Args:
+      tree: of arrays or ShapeDtypeStructs, in flax's `LogicallyPartitioned` boxes or not. Optimizers that map over boxed
+        parameters box their own state alike.
+      mesh: with any of the axes data, fsdp, model.
+
+    Returns:
+      The tree without boxes, a NamedSharding in place of each array. What has no box is whole on every device.
+
+    Raises ValueError that names every parameter and axis that its rule does not cut evenly.
+    """
+    boxed, structure = jax.tree.flatten_with_path(tree, is_leaf=_is_box)
+    found, uneven = [], []
+    for path, leaf in boxed:
+        names, shape = (leaf.names, leaf.value.shape) if _is_box(leaf) else ((), leaf.shape)
+        spec = _spec(names, mesh)
+        uneven += _uneven(of_tree_path(path), names, shape, spec, mesh)
+        found.append(NamedSharding(mesh, spec))
+    if uneven:
+        raise ValueError("\n  ".join([f"a mesh of {describe(mesh)} does not cut evenly:", *uneven]))
+    return jax.tree.unflatten(structure, found)
+
+
+def batch_shardings(batch: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """Shardings of a tree of [B, ...] arrays: rows are cut over data and fsdp."""
+    return shardings(jax.tree.map(lambda x: _boxed(x, ("batch",)), batch), mesh)
+
+
+def cache_shardings(cache: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """Shardings of a key/value cache, [L, B, S, K, h] entries and [B] lengths: rows are cut as a batch's."""
+
+    def boxed(leaf: Any) -> Any:
+        return _boxed(leaf, CACHE_AXES if len(leaf.shape) == len(CACHE_AXES) else ("batch",))
+
+    return shardings(jax.tree.map(boxed, cache), mesh)
+
+
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
+    """Whole on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def describe(mesh: Mesh | AbstractMesh) -> str:
+    """`data=1, fsdp=16, model=4`."""
+    return ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
+
+
+def _spec(names: Sequence[str | None], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """The rules' answer for the axes of one array, without mesh axes that this mesh lacks."""
+    unknown = [name for name in names if name is not None and name not in _NAMES]
+    if unknown:
+        raise ValueError(
+            f"an array's axes are named {tuple(names)}, and there is no rule for {', '.join(unknown)}:"
+            f" known are {', '.join(_NAMES)}"
+        )
+    spec = nn.logical_to_mesh_axes(names, RULES)
+    assert spec is not None
+    return PartitionSpec(*(_present(axes, mesh.shape) for axes in spec))
+
+
+def _present(axes: Any, sizes: Mapping[str, int]) -> Any:
+    if isinstance(axes, tuple):
+        kept = tuple(axis for axis in axes if axis in sizes)
+        return kept if len(kept) > 1 else (kept[0] if kept else None)
+    return axes if axes in sizes else None
+
+
+def _uneven(
+    path: str,
+    names: Sequence[str | None],
+    shape: tuple[int, ...],
+    spec: PartitionSpec,
+    mesh: Mesh | AbstractMesh,
+) -> list[str]:
+    told = []
+    for axis, cut in enumerate(spec):
+        over = (cut,) if isinstance(cut, str) else cut or ()
+        parts = math.prod(mesh.shape[name] for name in over)
+        if shape[axis] % parts:
+            told.append(
+                f"{path} {list(shape)}: axis {axis} ({names[axis]}, {shape[axis]}) by {' x '.join(over)} = {parts}"
+            )
+    return told
+
+
+def _boxed(leaf: Any, names: tuple[str | None, ...]) -> nn.LogicallyPartitioned:
+    return nn.LogicallyPartitioned(leaf, names=names)
+
+
+def _is_box(leaf: Any) -> bool:
+    return isinstance(leaf, nn.LogicallyPartitioned)
+
+
+_NAMES = tuple(dict(RULES))

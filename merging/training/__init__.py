@@ -1,0 +1,1 @@
+"""How a model is trained: loss, optimizers, and the step that joins them."""

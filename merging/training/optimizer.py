@@ -1,0 +1,156 @@
+"""Optimizers as optax transformations: AdamW, and Adafactor as PaLM used it.
+
+Both map over the tree of parameters, so their state is cut as the parameters are, and neither clips by the global norm,
+which the step does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from merging.paths import Stacked, of_tree_path
+
+LearningRate = float | Callable[[Int[Array, ""]], Float[Array, ""]]
+
+
+def adamw(
+    learning_rate: LearningRate,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.99,
+    epsilon: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> optax.GradientTransformation:
+    """AdamW (arXiv 1711.05101); moments are float32, and norms' scales and biases don't decay."""
+    return optax.adamw(
+        learning_rate,
+        b1=b1,
+        b2=b2,
+        eps=epsilon,
+        weight_decay=weight_decay,
+        mask=decays,
+        mu_dtype=jnp.float32,
+    )
+
+
+def adafactor(
+    learning_rate: LearningRate,
+    *,
+    stacked: Mapping[str, int] | None = None,
+    b1: float | None = 0.9,
+    decay_exponent: float = 0.8,
+    epsilon: float = 1e-30,
+    clipping_threshold: float | None = 1.0,
+    least_scale: float = 1e-3,
+    weight_decay_exponent: float | None = 2.0,
+) -> optax.GradientTransformation:
+    """Adafactor (arXiv 1804.04235) as PaLM used it (arXiv 2204.02311, section 5).
+
+    Second moments are not factored, and their decay at step k (from 1) is 1 - k^-0.8. An update is clipped to a root mean square
+    of 1, and multiplied by the learning rate and the root mean square of its parameter. The momentum (0.9) is taken of
+    that. Weight decay is learning rate^2 times the parameter.
+
+    Args:
+      learning_rate: PaLM's is 1e-2 for 10,000 steps, then 1 / sqrt(k).
+      stacked: {pattern of paths: axis over layers}, as in `paths.Stacked`: a root mean square is of one layer's tensor.
+      b1: None: no momentum, and no memory for it.
+      clipping_threshold, least_scale: d and epsilon_2 of Adafactor; the paper on PaLM doesn't mention them.
+      weight_decay_exponent: 2.0 for learning rate^2; None for no decay.
+
+    Deviations: norms' scales and biases don't decay, of which the paper says nothing.
+    """
+    layers = Stacked(stacked)
+    schedule = (
+        learning_rate if callable(learning_rate) else lambda count: jnp.float32(learning_rate)
+    )
+    steps = [_by_second_moment(decay_exponent, epsilon)]
+    if clipping_threshold is not None:
+        steps.append(_clipped_by_tensor(layers, clipping_threshold))
+    steps += [_by_parameter_scale(layers, least_scale), optax.scale_by_schedule(schedule)]
+    if b1 is not None:
+        steps.append(optax.ema(b1, debias=False, accumulator_dtype=jnp.float32))
+    if weight_decay_exponent is not None:
+        steps.append(_decayed(lambda count: schedule(count) ** weight_decay_exponent))
+    return optax.chain(*steps, optax.scale(-1.0))
+
+
+def decays(params: Any) -> Any:
+    """Which parameters weight decay applies to: all but norms' scales and biases, which their names tell."""
+    return jax.tree.map_with_path(
+        lambda path, _: of_tree_path(path).rpartition("/")[2] not in ("scale", "bias"), params
+    )
+
+
+# ---- Adafactor's parts --------------------------------------------------------------------------------------------
+
+
+class SecondMoments(NamedTuple):
+    """Steps taken, and a float32 running mean of squared gradients for each parameter."""
+
+    count: Int[Array, ""]
+    moments: Any
+
+
+def _by_second_moment(exponent: float, epsilon: float) -> optax.GradientTransformation:
+    def init(params: Any) -> SecondMoments:
+        return SecondMoments(
+            jnp.zeros((), jnp.int32),
+            jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params),
+        )
+
+    def update(updates: Any, state: SecondMoments, params: Any = None) -> tuple[Any, SecondMoments]:
+        count = optax.safe_increment(state.count)
+        decay = 1.0 - count.astype(jnp.float32) ** -exponent
+        moments = jax.tree.map(
+            lambda m, g: decay * m + (1.0 - decay) * (jnp.square(g) + epsilon),
+            state.moments,
+            updates,
+        )
+        updates = jax.tree.map(lambda g, m: g * jax.lax.rsqrt(m), updates, moments)
+        return updates, SecondMoments(count, moments)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _clipped_by_tensor(layers: Stacked, threshold: float) -> optax.GradientTransformation:
+    def clipped(path: Any, update: Array) -> Array:
+        return update / jnp.maximum(1.0, _root_mean_square(path, update, layers) / threshold)
+
+    return optax.stateless(lambda updates, params: jax.tree.map_with_path(clipped, updates))
+
+
+def _by_parameter_scale(layers: Stacked, least: float) -> optax.GradientTransformation:
+    def scaled(path: Any, update: Array, param: Array) -> Array:
+        return update * jnp.maximum(_root_mean_square(path, param, layers), least)
+
+    return optax.stateless(lambda updates, params: jax.tree.map_with_path(scaled, updates, params))
+
+
+def _decayed(rate: Callable[[Array], Array]) -> optax.GradientTransformation:
+    def init(params: Any) -> optax.ScaleByScheduleState:
+        return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        factor = rate(state.count)
+        updates = jax.tree.map(
+            lambda u, p, decays: u + factor * p.astype(u.dtype) if decays else u,
+            updates,
+            params,
+            decays(params),
+        )
+        return updates, optax.ScaleByScheduleState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(init, update)
+
+
+def _root_mean_square(path: Any, x: Array, layers: Stacked) -> Array:
+    """Of a tensor, [] float32; of each layer's where a leaf holds all, with the other axes kept as 1."""
+    layer_axis = layers.axis(of_tree_path(path))
+    over = tuple(axis for axis in range(x.ndim) if axis != layer_axis)
+    return jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), over, keepdims=True))

@@ -1,0 +1,199 @@
+"""A model's programs traced from shapes: train step, scoring, prefill and decoding step, sharded over a mesh.
+
+Nothing is allocated, so that a program of a pod can be compiled on a laptop (`engine.compiled.figures`) before there is a
+pod. They are the very functions that the stages run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from merging import partitioning
+from merging.engine.programs import Program
+from merging.evaluation.score import score
+from merging.models.decoder import Cache, Decoder
+from merging.training.batch import Batch
+from merging.training.step import init_state, train_step
+
+PROGRAMS = ("train", "score", "prefill", "decode")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """How much one call of each program does.
+
+    Attributes:
+      rows, length: of a batch that is trained on or scored, in rows and tokens a row.
+      prompts, prompt_length, new_tokens: of decoding, whose cache has room for both.
+      microbatches, vocabulary_chunks: see `training.step.train_step`; scoring has the same chunks.
+    """
+
+    rows: int
+    length: int
+    prompts: int
+    prompt_length: int
+    new_tokens: int
+    microbatches: int = 1
+    vocabulary_chunks: int = 1
+
+
+def model_programs(
+    model: Decoder,
+    mesh: Mesh,
+    work: Work,
+    *,
+    optimizer: optax.GradientTransformation,
+    only: Sequence[str] = PROGRAMS,
+) -> Iterator[Program]:
+    """The train step with parameters as the model has them; the others with parameters in the activations' dtype."""
+    served = model.clone(
+        config=dataclasses.replace(model.config, param_dtype=model.config.dtype, remat="none")
+    )
+    makers = {
+        "train": functools.partial(_train, model, mesh, work, optimizer),
+        "score": functools.partial(_score, served, mesh, work),
+        "prefill": functools.partial(_prefill, served, mesh, work),
+        "decode": functools.partial(_decode, served, mesh, work),
+    }
+    for name in PROGRAMS:
+        if name in only:
+            yield makers[name]()
+
+
+def placed_params(model: Decoder, mesh: Mesh) -> Any:
+    """The model's parameters as ShapeDtypeStructs with their shardings."""
+    return _placed(_boxed_params(model), mesh)
+
+
+def _train(
+    model: Decoder, mesh: Mesh, work: Work, optimizer: optax.GradientTransformation
+) -> Program:
+    boxed = jax.eval_shape(lambda params: init_state(params, optimizer), _boxed_params(model))
+    state, batch = _placed(boxed, mesh), _rows(_batch(work), mesh)
+    step = functools.partial(
+        train_step,
+        model=model,
+        optimizer=optimizer,
+        z_loss=getattr(model.config, "z_loss", 0.0),
+        microbatches=work.microbatches,
+        vocabulary_chunks=work.vocabulary_chunks,
+    )
+    whole = partitioning.replicated(mesh)
+    seed = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    jitted = jax.jit(step, out_shardings=(_shardings(state), whole), donate_argnums=0)
+    return _program("train", mesh, jitted, (state, batch, seed), tokens=work.rows * work.length)
+
+
+def _score(model: Decoder, mesh: Mesh, work: Work) -> Program:
+    step = functools.partial(score, model, vocabulary_chunks=work.vocabulary_chunks)
+    arguments = placed_params(model, mesh), _rows(_batch(work), mesh)
+    return _program("score", mesh, jax.jit(step), arguments, tokens=work.rows * work.length)
+
+
+def _prefill(model: Decoder, mesh: Mesh, work: Work) -> Program:
+    def prefill(params: Any, tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, Cache]:
+        """The prompts' likeliest next tokens and the cache that holds them."""
+        room = work.prompt_length + work.new_tokens
+        variables = {"params": params}
+        hidden, cache = model.apply(variables, tokens, lengths, room, method="prefill")
+        last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
+        return _likeliest(model, variables, last), cache
+
+    tokens = jax.ShapeDtypeStruct((work.prompts, work.prompt_length), jnp.int32)
+    lengths = jax.ShapeDtypeStruct((work.prompts,), jnp.int32)
+    rows = _rows((tokens, lengths), mesh)
+    cache = partitioning.cache_shardings(_cache(model, work), mesh)
+    jitted = jax.jit(prefill, out_shardings=(_shardings(rows[1]), cache))
+    arguments = placed_params(model, mesh), *rows
+    return _program("prefill", mesh, jitted, arguments, tokens=work.prompts * work.prompt_length)
+
+
+def _decode(model: Decoder, mesh: Mesh, work: Work) -> Program:
+    def decode(params: Any, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """One token more for each row."""
+        variables = {"params": params}
+        hidden, cache = model.apply(variables, tokens[:, None], cache, method="extend")
+        return _likeliest(model, variables, hidden[:, 0]), cache
+
+    tokens = _rows(jax.ShapeDtypeStruct((work.prompts,), jnp.int32), mesh)
+    cache = _cache(model, work)
+    cache = _with_shardings(cache, partitioning.cache_shardings(cache, mesh))
+    jitted = jax.jit(decode, out_shardings=(tokens.sharding, _shardings(cache)), donate_argnums=2)
+    arguments = placed_params(model, mesh), tokens, cache
+    return _program("decode", mesh, jitted, arguments, tokens=work.prompts)
+
+
+def _likeliest(model: Decoder, variables: Any, hidden: jax.Array) -> jax.Array:
+    logits = model.apply(variables, hidden, method="readout")
+    logits = nn.with_logical_constraint(logits, ("batch", "vocab"))
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def _program(
+    name: str, mesh: Mesh, jitted: Any, arguments: tuple[Any, ...], *, tokens: int
+) -> Program:
+    def lower() -> jax.stages.Lowered:
+        with partitioning.use(mesh):
+            return jitted.lower(*arguments)
+
+    return Program(name=name, lower=lower, arguments=arguments, tokens=tokens)
+
+
+# ---- shapes and shardings -----------------------------------------------------------------------------------------
+
+
+def _boxed_params(model: Decoder) -> Any:
+    """The model's parameters as ShapeDtypeStructs, boxed with the names of their axes."""
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))[
+        "params"
+    ]
+
+
+def _batch(work: Work) -> Batch:
+    """Packed sequences."""
+    shape = (work.rows, work.length)
+    integers, floats = (
+        jax.ShapeDtypeStruct(shape, jnp.int32),
+        jax.ShapeDtypeStruct(shape, jnp.float32),
+    )
+    return Batch(integers, integers, floats, segment_ids=integers, positions=integers)
+
+
+def _cache(model: Decoder, work: Work) -> Cache:
+    tokens = jnp.zeros((work.prompts, 1), jnp.int32)
+    room = work.prompt_length + work.new_tokens
+
+    def prefill(params: Any) -> Cache:
+        lengths = jnp.ones((work.prompts,), jnp.int32)
+        return model.apply({"params": params}, tokens, lengths, room, method="prefill")[1]
+
+    return jax.eval_shape(prefill, nn.unbox(_boxed_params(model)))
+
+
+def _placed(boxed: Any, mesh: Mesh) -> Any:
+    return _with_shardings(nn.unbox(boxed), partitioning.shardings(boxed, mesh))
+
+
+def _rows(tree: Any, mesh: Mesh) -> Any:
+    return _with_shardings(tree, partitioning.batch_shardings(tree, mesh))
+
+
+def _with_shardings(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        tree,
+        shardings,
+    )
+
+
+def _shardings(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.sharding, tree)
