@@ -1,0 +1,93 @@
+"""Sources as seqio DataSources.
+
+What has random access (`RowSource`) is shuffled as a whole under the seed and shards by row, so two hosts of two read
+disjoint rows that add up to the stream of one. TFDS is seqio's own source. An element of RowSource is {"row": JSON}; one of
+TFDS is its nested features. `preprocessors.as_row` reads both.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from tasks import sources
+
+
+def data_source(
+    source: sources.Source, *, folder: str | pathlib.Path | None = None
+) -> seqio.DataSource:
+    """The one door from a description to seqio.
+
+    Args:
+      source: where rows come from.
+      folder: where JSON lines lie.
+    """
+    if isinstance(source, sources.Tfds):
+        return _TfdsSource(source)
+    return RowSource(source, folder=folder)
+
+
+class _TfdsSource(seqio.TfdsDataSource):
+    """seqio's, with the sizes that are declared: a rate or a listing needs no download."""
+
+    def __init__(self, source: sources.Tfds) -> None:
+        super().__init__(tfds_name=source.name, splits=dict(source.splits))
+        self._sizes = source.sizes
+
+    def num_input_examples(self, split: str) -> int:
+        return self._sizes[split]
+
+
+class RowSource(seqio.DataSource):
+    """Rows with random access; nothing is read before the first of them is wanted."""
+
+    def __init__(self, source: sources.Source, *, folder: str | pathlib.Path | None = None) -> None:
+        super().__init__(splits=source.splits, performs_internal_shuffling=True)
+        self._source = source
+        self._rows: Callable[[str], Sequence[sources.Row]] = functools.lru_cache(maxsize=4)(
+            functools.partial(sources.rows, source, folder=folder)
+        )
+
+    @property
+    def supports_arbitrary_sharding(self) -> bool:
+        return True
+
+    def list_shards(self, split: str) -> Sequence[str]:
+        return [split]
+
+    def num_input_examples(self, split: str) -> int:
+        return (getattr(self._source, "sizes", None) or {}).get(split) or len(self._rows(split))
+
+    def get_dataset(
+        self,
+        split: str = "train",
+        shuffle: bool = True,
+        seed: int | None = None,
+        shard_info: seqio.ShardInfo | None = None,
+        **_: object,
+    ) -> tf.data.Dataset:
+        """Rows in order, or in an order that the seed alone decides; each of n shards has every n-th."""
+        rows = self._rows(split)
+        order = (
+            np.random.default_rng(seed).permutation(len(rows)) if shuffle else np.arange(len(rows))
+        )
+        if shard_info is not None:
+            order = order[shard_info.index :: shard_info.num_shards]
+
+        def elements() -> Iterator[dict[str, str]]:
+            for index in order:
+                yield {"row": json.dumps({**rows[int(index)], ROW_NUMBER: int(index)}, default=str)}
+
+        dataset = tf.data.Dataset.from_generator(
+            elements, output_signature={"row": tf.TensorSpec((), tf.string)}
+        )
+        return dataset.apply(tf.data.experimental.assert_cardinality(len(order)))
+
+
+ROW_NUMBER = "row_number"
