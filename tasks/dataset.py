@@ -29,6 +29,8 @@ class Example:
       choices: what is ranked; as many as this example has. Empty where the answer is generated.
       label: the index of the right choice; None where generated.
       references: all answers that count as right, the targets among them.
+
+    White space around a text is taken off: whether a space stands between inputs and targets is up to the vocabulary.
     """
 
     inputs: str
@@ -38,6 +40,10 @@ class Example:
     references: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in ("inputs", "targets"):
+            object.__setattr__(self, name, getattr(self, name).strip())
+        for name in ("choices", "references"):
+            object.__setattr__(self, name, tuple(each.strip() for each in getattr(self, name)))
         if not self.references:
             object.__setattr__(self, "references", (self.targets,))
         if (self.label is None) == bool(self.choices):
@@ -182,6 +188,11 @@ class Dataset:
             raise ValueError(
                 f"prompt {prompt!r} of {self.name}: {error}; the row is {dict(row)}"
             ) from error
+
+
+def listed(choices: Iterable[str]) -> str:
+    """One choice a line, as prompts show them."""
+    return "\n".join(f"- {choice}" for choice in choices)
 
 
 class _Fields(dict):

@@ -33,6 +33,21 @@ def data_source(
     return RowSource(source, folder=folder)
 
 
+def count(task: seqio.Task, split: str) -> int:
+    """How many rows a task's split has, as it is read here (`num_input_examples` may tell what was declared).
+
+    Raises:
+      ValueError: for a task of others whose source doesn't know.
+    """
+    source = task.source
+    size = source.count(split) if hasattr(source, "count") else source.num_input_examples(split)
+    if size is None:
+        raise ValueError(
+            f"the source of {task.name} does not know how many {split} examples it has"
+        )
+    return size
+
+
 class _TfdsSource(seqio.TfdsDataSource):
     """seqio's, with the sizes that are declared: a rate or a listing needs no download."""
 
@@ -43,13 +58,16 @@ class _TfdsSource(seqio.TfdsDataSource):
     def num_input_examples(self, split: str) -> int:
         return self._sizes[split]
 
+    def count(self, split: str) -> int:
+        return self.tfds_dataset.size(split)
+
 
 class RowSource(seqio.DataSource):
     """Rows with random access; nothing is read before the first of them is wanted."""
 
     def __init__(self, source: sources.Source, *, folder: str | pathlib.Path | None = None) -> None:
         super().__init__(splits=source.splits, performs_internal_shuffling=True)
-        self._source = source
+        self._source, self._folder = source, folder
         self._rows: Callable[[str], Sequence[sources.Row]] = functools.lru_cache(maxsize=4)(
             functools.partial(sources.rows, source, folder=folder)
         )
@@ -63,6 +81,14 @@ class RowSource(seqio.DataSource):
 
     def num_input_examples(self, split: str) -> int:
         return (getattr(self._source, "sizes", None) or {}).get(split) or len(self._rows(split))
+
+    def count(self, split: str) -> int:
+        return len(self._rows(split))
+
+    @property
+    def files(self) -> Sequence[pathlib.Path]:
+        """The files of JSON lines."""
+        return sources.files(self._source, folder=self._folder)
 
     def get_dataset(
         self,

@@ -126,6 +126,21 @@ def rows(source: Source, split: str, *, folder: str | pathlib.Path | None = None
     raise TypeError(f"{source} is read in order only: use row_source.data_source")
 
 
+def files(source: Source, *, folder: str | pathlib.Path | None = None) -> list[pathlib.Path]:
+    """The files of JSON lines, of all splits; none for other sources."""
+    if not isinstance(source, JsonLines):
+        return []
+    patterns = [source.files] if isinstance(source.files, str) else source.files.values()
+    return [file for pattern in patterns for file in _found(pathlib.Path(folder or "."), pattern)]
+
+
+def _found(folder: pathlib.Path, pattern: str) -> list[pathlib.Path]:
+    found = sorted(folder.glob(pattern))
+    if not found:
+        raise ValueError(f"there is no file {folder / pattern}")
+    return found
+
+
 def _parquet(source: HuggingFace, split: str) -> Sequence[Row]:
     import datasets
 
@@ -141,11 +156,8 @@ def _parquet(source: HuggingFace, split: str) -> Sequence[Row]:
 
 def _json_lines(source: JsonLines, split: str, folder: pathlib.Path) -> Sequence[Row]:
     pattern = source.files if isinstance(source.files, str) else source.files[split]
-    files = sorted(folder.glob(pattern))
-    if not files:
-        raise ValueError(f"there is no file {folder / pattern}")
     found = []
-    for row in (row for file in files for row in _objects(file)):
+    for row in (row for file in _found(folder, pattern) for row in _objects(file)):
         if isinstance(source.files, str) and row.get("split") != split:
             continue
         if source.columns is not None:

@@ -43,7 +43,7 @@ DATASETS = (
         },
         sources={
             "": Tfds(
-                name="super_glue/copa:1.0.3",
+                name="super_glue/copa:1.0.2",
                 splits={"train": "train", "validation": "validation"},
                 sizes={"train": 400, "validation": 100},
             ),
