@@ -1,14 +1,15 @@
-"""From an element of a source to the features of a task: render by a prompt, tokenize, end the targets.
+"""From an element of a source to the features of a task: rendered by a prompt and tokenized, in Python, many rows at a time.
 
-Every element of a task has, beside `inputs` and `targets` as tokens and as text (`*_pretokenized`): `choices` [k] and
-`references` [r] (strings; k is 0 where the answer is generated), `label` (int32, -1 where generated) and `id` (string).
-The features of `rank_classification`, one element for each choice, are said there.
+Elements have, beside `inputs` and `targets` as tokens [n] int32 and as text (`*_pretokenized`): `choices` [k] and `references`
+[r] (strings; k is 0 where the answer is generated), `label` (int32, -1 where generated) and `id` (string). In the
+rank_classification form, T5's, which seqio.Evaluator scores, there is one element for each choice, with the choice as targets, and
+with `idx` [2] int32 (number of the example, number of the choice) and `is_correct` (bool).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,98 +20,132 @@ from tasks.dataset import Dataset
 from tasks.row_source import ROW_NUMBER
 
 Transform = Callable[[tf.data.Dataset], tf.data.Dataset]
+Features = dict[str, Any]
 
-TEXT = {"inputs": (), "targets": (), "choices": (None,), "references": (None,), "id": ()}
+# Rows that are rendered in one call from TensorFlow into Python: a call costs as much as rendering some ten rows.
+BATCH = 64
+
+# The features in the order in which Python hands them to TensorFlow.
+SCALARS = {
+    "inputs_pretokenized": tf.string,
+    "targets_pretokenized": tf.string,
+    "id": tf.string,
+    "label": tf.int32,
+}
+RANK_SCALARS = {"is_correct": tf.bool}
+VECTORS = {"inputs": tf.int32, "targets": tf.int32, "choices": tf.string, "references": tf.string}
+RANK_VECTORS = {"idx": tf.int32}
 
 
-def render(dataset: Dataset, prompt: str) -> Transform:
-    """Elements of a source -> strings, in Python, row by row."""
+def as_json(elements: tf.data.Dataset) -> tf.data.Dataset:
+    """Elements of any source as {"row": JSON}: those of TFDS are nested arrays."""
+    if set(elements.element_spec) == {"row"}:
+        return elements
+    structure = elements.element_spec
 
-    def rendered(number: np.ndarray, *leaves: Any, structure: Any) -> tuple[Any, ...]:
-        row = as_row(tf.nest.pack_sequence_as(structure, leaves))
-        example = dataset.render(prompt, row)
-        name = str(row.get("id") or row.get(ROW_NUMBER, int(number)))
-        label = -1 if example.label is None else example.label
-        return (
-            example.inputs.encode(),
-            example.targets.encode(),
-            np.array([each.encode() for each in example.choices], object),
-            np.array([each.encode() for each in example.references], object),
-            name.encode(),
-            np.int32(label),
-        )
+    def in_python(*leaves: Any) -> bytes:
+        return json.dumps(_plain(tf.nest.pack_sequence_as(structure, leaves))).encode()
 
-    def transform(elements: tf.data.Dataset) -> tf.data.Dataset:
-        structure = elements.element_spec
+    def one(element: Any) -> dict[str, tf.Tensor]:
+        row = tf.numpy_function(in_python, tf.nest.flatten(element), tf.string)
+        return {"row": tf.ensure_shape(row, ())}
 
-        def one(number: tf.Tensor, element: Any) -> dict[str, tf.Tensor]:
-            values = tf.numpy_function(
-                lambda *given: rendered(*given, structure=structure),
-                [number, *tf.nest.flatten(element)],
-                [tf.string] * len(TEXT) + [tf.int32],
+    return elements.map(one)
+
+
+def render(
+    dataset: Dataset,
+    prompt: str,
+    features: Mapping[str, seqio.Feature],
+    *,
+    is_rank_form: bool = False,
+) -> Transform:
+    """{"row": JSON} -> features, in the words of a prompt; no end of sequence yet."""
+    scalars = {**SCALARS, **(RANK_SCALARS if is_rank_form else {})}
+    vectors = {**VECTORS, **(RANK_VECTORS if is_rank_form else {})}
+
+    def in_python(numbers: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
+        rendered = [
+            each
+            for number, row in zip(numbers, rows, strict=True)
+            for each in _elements(
+                dataset, prompt, features, int(number), json.loads(row), is_rank_form
             )
-            features = dict(zip([*TEXT, "label"], values, strict=True))
-            for name, shape in {**TEXT, "label": ()}.items():
-                features[name] = tf.ensure_shape(features[name], shape)
-            return features
+        ]
+        columns = [
+            _array((each[name] for each in rendered), kind) for name, kind in scalars.items()
+        ]
+        for name, kind in vectors.items():
+            columns.append(_array((value for each in rendered for value in each[name]), kind))
+            columns.append(np.array([len(each[name]) for each in rendered], np.int64))
+        return columns
 
-        return elements.enumerate().map(one, num_parallel_calls=1)
+    def many(numbers: tf.Tensor, elements: dict[str, tf.Tensor]) -> Features:
+        kinds = [
+            *scalars.values(),
+            *(each for kind in vectors.values() for each in (kind, tf.int64)),
+        ]
+        columns = iter(tf.numpy_function(in_python, [numbers, elements["row"]], kinds))
+        found: Features = {name: tf.ensure_shape(next(columns), [None]) for name in scalars}
+        for name in vectors:
+            values, lengths = (tf.ensure_shape(next(columns), [None]) for _ in range(2))
+            found[name] = tf.RaggedTensor.from_row_lengths(values, lengths, validate=False)
+        return found
 
-    return transform
-
-
-def as_row(element: Mapping[str, Any]) -> dict[str, Any]:
-    """A row as prompts want it: of {"row": JSON}, or of the nested arrays of TFDS (bytes become strings, arrays lists)."""
-    if set(element) == {"row"}:
-        return json.loads(element["row"])
-    return {name: _plain(value) for name, value in element.items()}
-
-
-def tokenize(
-    dataset: tf.data.Dataset, output_features: Mapping[str, seqio.Feature]
-) -> tf.data.Dataset:
-    """Adds tokens; the text stays as `*_pretokenized`."""
-    return seqio.preprocessors.tokenize(dataset, output_features)
-
-
-def rank_classification(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """One element for each choice, T5's form: what seqio.Evaluator scores.
-
-    Before tokenization. Targets are the choice; added are `idx` [2] (number of the example, number of the choice), `is_correct` (bool)
-    and `choices_count`.
-    """
-
-    def expand(number: tf.Tensor, example: dict[str, tf.Tensor]) -> tf.data.Dataset:
-        choices = example["choices"]
-        count = tf.size(choices)
-        position = tf.range(count)
-        repeated = {
-            name: tf.repeat(value[None], count, axis=0)
-            for name, value in example.items()
-            if name != "targets"
+    def dense(element: Features) -> Features:
+        return {
+            name: tf.ensure_shape(value, () if name in scalars else (None,))
+            for name, value in element.items()
         }
-        return tf.data.Dataset.from_tensor_slices(
-            {
-                **repeated,
-                "targets": choices,
-                "idx": tf.stack([tf.repeat(tf.cast(number, tf.int32), count), position], axis=1),
-                "is_correct": tf.equal(position, example["label"]),
-                "choices_count": tf.repeat(count, count),
-            }
-        )
 
-    return dataset.enumerate().flat_map(expand)
+    return lambda elements: elements.enumerate().batch(BATCH).map(many).unbatch().map(dense)
+
+
+def _elements(
+    dataset: Dataset,
+    prompt: str,
+    features: Mapping[str, seqio.Feature],
+    number: int,
+    row: dict[str, Any],
+    is_rank_form: bool,
+) -> list[Features]:
+    """The elements that come of one row: one, or one for each choice."""
+    example = dataset.render(prompt, row)
+    shared = {
+        "inputs_pretokenized": example.inputs,
+        "inputs": features["inputs"].vocabulary.encode(example.inputs),
+        "choices": example.choices,
+        "references": example.references,
+        "label": -1 if example.label is None else example.label,
+        "id": str(row.get("id") or row.get(ROW_NUMBER, number)),
+    }
+    texts = example.choices if is_rank_form else (example.targets,)
+    return [
+        {
+            **shared,
+            "targets_pretokenized": text,
+            "targets": features["targets"].vocabulary.encode(text),
+            "idx": (number, choice),
+            "is_correct": choice == example.label,
+        }
+        for choice, text in enumerate(texts)
+    ]
+
+
+def _array(values: Iterable[Any], kind: tf.DType) -> np.ndarray:
+    if kind == tf.string:
+        return np.array([each.encode("utf-8") for each in values], object)
+    return np.array(list(values), kind.as_numpy_dtype)
 
 
 def _plain(value: Any) -> Any:
+    """Nested arrays of TFDS as JSON has them: bytes become strings, arrays lists."""
     if isinstance(value, Mapping):
         return {name: _plain(each) for name, each in value.items()}
-    if isinstance(value, tf.RaggedTensor):
-        return _plain(value.to_list())
     if isinstance(value, bytes):
         return value.decode("utf-8")
     if isinstance(value, np.ndarray | np.generic):
         return _plain(value.tolist())
-    if isinstance(value, list):
+    if isinstance(value, Sequence) and not isinstance(value, str):
         return [_plain(each) for each in value]
     return value

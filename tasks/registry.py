@@ -126,9 +126,9 @@ def _add_tasks(
         name,
         source=source,
         preprocessors=[
-            preprocessors.render(dataset, prompt),
+            preprocessors.as_json,
+            preprocessors.render(dataset, prompt, features),
             seqio.CacheDatasetPlaceholder(),
-            preprocessors.tokenize,
             seqio.preprocessors.append_eos_after_trim,
         ],
         output_features=features,
@@ -142,9 +142,8 @@ def _add_tasks(
             name + RANK,
             source=source,
             preprocessors=[
-                preprocessors.render(dataset, prompt),
-                preprocessors.rank_classification,
-                preprocessors.tokenize,
+                preprocessors.as_json,
+                preprocessors.render(dataset, prompt, features, is_rank_form=True),
                 seqio.preprocessors.append_eos_after_trim,
             ],
             output_features=features,

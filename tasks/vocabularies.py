@@ -15,7 +15,7 @@ import json
 import pathlib
 import re
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import seqio
@@ -142,10 +142,11 @@ class WordVocabulary(seqio.Vocabulary):
 class HuggingFaceVocabulary(seqio.Vocabulary):
     """A tokenizer.json as a seqio vocabulary, by the `tokenizers` library.
 
-    Special tokens are never made from text. Where the tokenizer always puts a token first (as Gemma's does), that is `start_id`; else 0.
+    Special tokens are never made from text. `start_id` is the token that the tokenizer always puts first (as Gemma's does), or else
+    the bos_token_id of config.json, or else 0.
 
     Args:
-      path: of tokenizer.json; tokenizer_config.json beside it names the end of sequence.
+      path: of tokenizer.json; tokenizer_config.json or config.json beside it tells the end of sequence.
       prefix: text put before what is encoded and taken from what is decoded.
     """
 
@@ -168,10 +169,14 @@ class HuggingFaceVocabulary(seqio.Vocabulary):
 
     @functools.cached_property
     def eos_id(self) -> int:
-        name = _eos_token(pathlib.Path(self.path).with_name("tokenizer_config.json"))
-        found = self._tokenizer.token_to_id(name)
+        token = self._beside("tokenizer_config.json").get("eos_token")
+        name = token.get("content") if isinstance(token, dict) else token
+        found = self._tokenizer.token_to_id(name) if name else self._configured("eos_token_id")
         if found is None:
-            raise ValueError(f"{self.path} has no token {name!r}, its end of sequence")
+            raise ValueError(
+                f"{self.path}: neither tokenizer_config.json (eos_token) nor config.json (eos_token_id) beside it"
+                " names an end of sequence that it knows"
+            )
         return found
 
     @property
@@ -180,7 +185,17 @@ class HuggingFaceVocabulary(seqio.Vocabulary):
 
     @functools.cached_property
     def start_id(self) -> int:
-        return next(iter(self._tokenizer.encode("").ids), self.pad_id)
+        first = next(iter(self._tokenizer.encode("").ids), self._configured("bos_token_id"))
+        return self.pad_id if first is None else first
+
+    def _configured(self, name: str) -> int | None:
+        """A token of config.json; the first of several."""
+        found = self._beside("config.json").get(name)
+        return found[0] if isinstance(found, list) else found
+
+    def _beside(self, name: str) -> dict[str, Any]:
+        file = pathlib.Path(self.path).with_name(name)
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
     @functools.cached_property
     def _base_vocab_size(self) -> int:
@@ -211,18 +226,6 @@ class HuggingFaceVocabulary(seqio.Vocabulary):
 
     def __str__(self) -> str:
         return self._named
-
-
-def _eos_token(config: pathlib.Path) -> str:
-    if not config.is_file():
-        raise ValueError(
-            f"{config} is missing: it names the end of sequence of the tokenizer.json beside it"
-        )
-    token = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
-    name = token.get("content") if isinstance(token, dict) else token
-    if not name:
-        raise ValueError(f"{config} names no eos_token")
-    return name
 
 
 def _encode_in_python(vocabulary: seqio.Vocabulary, s: tf.Tensor) -> tf.Tensor:
