@@ -21,6 +21,7 @@ def register(
     local_data: str | pathlib.Path | None = None,
     instruction_tasks: Sequence[str] = (),
     rate_cap: int = RATE_CAP,
+    prompts: str = "own",
 ) -> None:
     """Registers all tasks and mixtures with seqio. Twice with the same arguments is once; others replace what was there.
 
@@ -30,6 +31,7 @@ def register(
       local_data: folder of JSON lines; None: no tasks that end with _local.
       instruction_tasks: tasks or mixtures, ours or registered by others, that make the mixture `instruction`.
       rate_cap: the most examples of one dataset that a mixture takes (T0: 500,000).
+      prompts: "own", ours; or "p3", P3's by the package promptsource, for the datasets of P3 (the others then have no tasks).
 
     Raises:
       ValueError: for a vocabulary that can't be loaded, or instruction tasks that hold a held-out dataset.
@@ -41,4 +43,5 @@ def register(
         local_data=local_data,
         instruction_tasks=instruction_tasks,
         rate_cap=rate_cap,
+        prompts=prompts,
     )

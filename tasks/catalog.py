@@ -10,12 +10,11 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from tasks.dataset import Dataset
 
 HELD_IN, HELD_OUT, INSTRUCTION, PRETRAINING = "held_in", "held_out", "instruction", "pretraining"
-ROLES = (HELD_IN, HELD_OUT, INSTRUCTION, PRETRAINING)
 
 # The category that a dataset names, and its role.
 CATEGORIES: Mapping[str, str] = {
@@ -80,6 +79,18 @@ def datasets() -> Mapping[str, Dataset]:
 def role(dataset: Dataset) -> str:
     """Whether it trains experts (held_in), judges (held_out) or trains an instruction-tuned base (instruction)."""
     return CATEGORIES[dataset.category]
+
+
+def mixtures(every: Iterable[Dataset], collection: str) -> dict[str, list[Dataset]]:
+    """The mixtures of a collection: one for each category, one of all held-in and one of all held-out, where they have any dataset."""
+    members = [dataset for dataset in every if collection in dataset.sources]
+    found = {
+        category: [dataset for dataset in members if dataset.category == category]
+        for category in CATEGORIES
+    }
+    for whole in (HELD_IN, HELD_OUT):
+        found[whole] = [dataset for dataset in members if role(dataset) == whole]
+    return {name + suffix(collection): inside for name, inside in found.items() if inside}
 
 
 def suffix(collection: str) -> str:

@@ -57,7 +57,8 @@ class Example:
                 raise ValueError(f"the targets are not the labelled choice: {self}")
 
 
-Prompt = Callable[[Row], Example]
+# None: the prompt has nothing to say about this row (some of P3's haven't).
+Prompt = Callable[[Row], Example | None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,6 +144,7 @@ class Dataset:
       part_of: the dataset whose score is the mean of its parts' scores; None: it counts by itself.
       is_counted: false for what is scored but stays out of the study's means.
       aliases: other names under which the same data goes around, for the check of instruction mixtures.
+      p3: its name in P3, whose prompts can take the place of ours; "" where it isn't there.
       link: where it is described.
     """
 
@@ -157,6 +159,7 @@ class Dataset:
     part_of: str | None = None
     is_counted: bool = True
     aliases: tuple[str, ...] = ()
+    p3: str = ""
     link: str = ""
 
     def __post_init__(self) -> None:
@@ -170,8 +173,8 @@ class Dataset:
                     f" known: {', '.join(sorted(known))}"
                 )
 
-    def render(self, prompt: str, row: Row) -> Example:
-        """One row in the words of one prompt.
+    def render(self, prompt: str, row: Row) -> Example | None:
+        """One row in the words of one prompt; None where the prompt passes over it.
 
         Raises:
           ValueError: for a row without a field it must have, or with a label outside its choices.

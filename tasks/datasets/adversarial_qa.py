@@ -17,6 +17,7 @@ def against(reader: str) -> Dataset:
     return Dataset(
         name=f"adversarial_qa_{reader}",
         part_of="adversarial_qa",
+        p3=f"adversarial_qa/{reader}",
         category="extractive_qa",
         metric="squad",
         link="https://adversarialqa.github.io/",

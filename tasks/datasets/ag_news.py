@@ -10,6 +10,7 @@ SECTIONS = ("World", "Sports", "Business", "Science and technology")
 DATASETS = (
     Dataset(
         name="ag_news",
+        p3="ag_news",
         category="topic_classification",
         metric="accuracy",
         link="https://huggingface.co/datasets/fancyzhx/ag_news",

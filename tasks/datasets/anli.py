@@ -28,6 +28,7 @@ def round_of(number: int, train: int, validation: int) -> Dataset:
     return Dataset(
         name=f"anli_r{number}",
         part_of="anli",
+        p3="anli",
         category="natural_language_inference",
         metric="accuracy",
         link="https://github.com/facebookresearch/anli",

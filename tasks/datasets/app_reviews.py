@@ -17,6 +17,7 @@ def view(row: Row) -> Row:
 DATASETS = (
     Dataset(
         name="app_reviews",
+        p3="app_reviews",
         category="sentiment",
         metric="accuracy",
         link="https://huggingface.co/datasets/sealuzh/app_reviews",

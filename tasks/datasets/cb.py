@@ -17,6 +17,7 @@ def view(row: Row) -> Row:
 DATASETS = (
     Dataset(
         name="cb",
+        p3="super_glue/cb",
         category="natural_language_inference",
         metric="accuracy",
         is_counted=False,

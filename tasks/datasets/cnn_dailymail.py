@@ -8,6 +8,7 @@ from tasks.sources import Tfds
 DATASETS = (
     Dataset(
         name="cnn_dailymail",
+        p3="cnn_dailymail/3.0.0",
         category="summarization",
         metric="rouge",
         link="https://github.com/abisee/cnn-dailymail",

@@ -18,8 +18,9 @@ def view(row: Row) -> Row:
 DATASETS = (
     Dataset(
         name="common_gen",
+        p3="common_gen",
         category="structure_to_text",
-        metric="bleu_and_rouge",
+        metric="bleu",
         link="https://inklab.usc.edu/CommonGen/",
         fields=("concepts", "target"),
         view=view,

@@ -22,6 +22,7 @@ def view(row: Row) -> Row:
 DATASETS = (
     Dataset(
         name="copa",
+        p3="super_glue/copa",
         category="sentence_completion",
         metric="accuracy",
         link="https://people.ict.usc.edu/~gordon/copa.html",

@@ -15,6 +15,7 @@ def view(row: Row) -> Row:
 DATASETS = (
     Dataset(
         name="cosmos_qa",
+        p3="cosmos_qa",
         category="multiple_choice_qa",
         metric="accuracy",
         link="https://wilburone.github.io/cosmos/",

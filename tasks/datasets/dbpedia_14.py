@@ -25,6 +25,7 @@ KINDS = (
 DATASETS = (
     Dataset(
         name="dbpedia_14",
+        p3="dbpedia_14",
         category="topic_classification",
         metric="accuracy",
         link="https://huggingface.co/datasets/fancyzhx/dbpedia_14",

@@ -19,6 +19,7 @@ def view(row: Row) -> Row:
 DATASETS = (
     Dataset(
         name="dream",
+        p3="dream",
         category="multiple_choice_qa",
         metric="accuracy",
         link="https://huggingface.co/datasets/dataset-org/dream",

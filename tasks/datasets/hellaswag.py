@@ -20,6 +20,7 @@ def view(row: Row) -> Row:
 DATASETS = (
     Dataset(
         name="hellaswag",
+        p3="hellaswag",
         category="sentence_completion",
         metric="accuracy",
         link="https://rowanzellers.com/hellaswag/",

@@ -15,6 +15,7 @@ def view(row: Row) -> Row:
 DATASETS = (
     Dataset(
         name="hotpotqa",
+        p3="kilt_tasks/hotpotqa",
         category="closed_book_qa",
         metric="squad",
         link="https://huggingface.co/datasets/facebook/kilt_tasks",

@@ -8,6 +8,7 @@ from tasks.sources import Tfds
 DATASETS = (
     Dataset(
         name="imdb",
+        p3="imdb",
         category="sentiment",
         metric="accuracy",
         link="https://ai.stanford.edu/~amaas/data/sentiment/",

@@ -8,6 +8,7 @@ from tasks.sources import JsonLines, Tfds
 DATASETS = (
     Dataset(
         name="mrpc",
+        p3="glue/mrpc",
         category="paraphrase",
         metric="accuracy_and_f1",
         link="https://gluebenchmark.com/",

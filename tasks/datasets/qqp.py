@@ -8,6 +8,7 @@ from tasks.sources import Tfds
 DATASETS = (
     Dataset(
         name="qqp",
+        p3="glue/qqp",
         category="paraphrase",
         metric="accuracy_and_f1",
         link="https://gluebenchmark.com/",

@@ -15,6 +15,7 @@ def view(row: Row) -> Row:
 DATASETS = (
     Dataset(
         name="ropes",
+        p3="ropes",
         category="extractive_qa",
         metric="squad",
         link="https://huggingface.co/datasets/allenai/ropes",

@@ -14,6 +14,7 @@ def view(row: Row) -> Row:
 DATASETS = (
     Dataset(
         name="rte",
+        p3="super_glue/rte",
         category="natural_language_inference",
         metric="accuracy",
         link="https://super.gluebenchmark.com/",

@@ -18,7 +18,7 @@ DATASETS = (
     Dataset(
         name="web_nlg",
         category="structure_to_text",
-        metric="bleu_and_rouge",
+        metric="bleu",
         link="https://gitlab.com/shimorina/webnlg-dataset",
         fields=("triples", "target", "targets"),
         view=view,

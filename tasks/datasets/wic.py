@@ -8,6 +8,7 @@ from tasks.sources import JsonLines, Tfds
 DATASETS = (
     Dataset(
         name="wic",
+        p3="super_glue/wic",
         category="word_sense",
         metric="accuracy",
         link="https://pilehvar.github.io/wic/",

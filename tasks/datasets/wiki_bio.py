@@ -25,8 +25,9 @@ def view(row: Row) -> Row:
 DATASETS = (
     Dataset(
         name="wiki_bio",
+        p3="wiki_bio",
         category="structure_to_text",
-        metric="bleu_and_rouge",
+        metric="bleu",
         link="https://github.com/DavidGrangier/wikipedia-biography-dataset",
         fields=("input_text", "target_text"),
         view=view,

@@ -8,6 +8,7 @@ from tasks.sources import HuggingFace
 DATASETS = (
     Dataset(
         name="wiki_qa",
+        p3="wiki_qa",
         category="closed_book_qa",
         metric="accuracy",
         link="https://huggingface.co/datasets/microsoft/wiki_qa",

@@ -21,6 +21,7 @@ def view(row: Row) -> Row:
 DATASETS = (
     Dataset(
         name="winogrande",
+        p3="winogrande/winogrande_xl",
         category="coreference",
         metric="accuracy",
         link="https://winogrande.allenai.org/",

@@ -8,6 +8,7 @@ from tasks.sources import JsonLines, Tfds
 DATASETS = (
     Dataset(
         name="wsc",
+        p3="super_glue/wsc.fixed",
         category="coreference",
         metric="accuracy",
         link="https://super.gluebenchmark.com/",

@@ -8,6 +8,7 @@ from tasks.sources import HuggingFace
 DATASETS = (
     Dataset(
         name="xsum",
+        p3="xsum",
         category="summarization",
         metric="rouge",
         link="https://huggingface.co/datasets/EdinburghNLP/xsum",
