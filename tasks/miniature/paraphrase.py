@@ -1,0 +1,35 @@
+"""Do two sentences, or two questions, say the same?"""
+
+from __future__ import annotations
+
+from tasks.miniature.draws import Draw
+from tasks.miniature.events import CONVERSES
+from tasks.miniature.lexicon import PEOPLE, THINGS
+from tasks.miniature.sentences import converse
+from tasks.miniature.world import RELATIONS, World
+
+
+def sentences(world: World, draw: Draw, index: int) -> dict:
+    """What two people have to do with each other, told from either side; the roles are kept or swapped."""
+    label = index % 2
+    a, b = draw.some(PEOPLE, 2)
+    one, two = converse(
+        draw, a=a, b=b, thing=draw.pick(THINGS), forms=draw.pick(CONVERSES), same=label == 0
+    )
+    return {"sentence1": one, "sentence2": two, "label": label}  # 0 the same, 1 not
+
+
+def questions(world: World, draw: Draw, index: int) -> dict:
+    """Two questions on facts of people: the same fact in other words, another person, or another fact."""
+    label = index % 2
+    relation, other = draw.some(sorted(RELATIONS), 2)
+    person, somebody = draw.some(PEOPLE, 2)
+    first, second = draw.shuffled(RELATIONS[relation].questions)
+    if label == 1 and draw.heads():
+        second = draw.pick(RELATIONS[other].questions)
+        somebody = person
+    return {
+        "question1": first.format(p=person),
+        "question2": second.format(p=somebody if label else person),
+        "label": label,  # 0 the same, 1 not
+    }
