@@ -53,38 +53,39 @@ REASONS = (
     ("{a} nursed {b}", "{b} was nursed by {a}", "was good", "was ill"),
 )
 
-# A word, and for each of its two meanings what it is and where it is met. No two places of a meaning share a noun or verb.
+# A word, and for each of its two meanings what it is and where it is met. "the" stands in every place, and no two places
+# of a word share anything else: else shared words would tell that two places are of one meaning.
 SENSES = {
     "bat": (
-        ("an animal", ("the bat ate a fly", "a bat slept in the barn", "the old bat had wings")),
-        ("a stick", ("he hit the ball with a bat", "the team lost the bat", "she held a bat in the game")),
+        ("an animal", ("the bat ate a fly", "an old bat slept in the barn", "the bat had wings")),
+        ("a stick", ("he hit the ball with this bat", "the team lost one bat", "she held the bat and won")),
     ),
     "bank": (
-        ("a shore", ("they sat on the bank by the water", "a boat lay at the bank", "fish swam near the bank")),
-        ("a shop for money", ("the bank paid him", "she works at the rich bank", "he took gold to the bank")),
+        ("a shore", ("they sat on the bank", "a boat lay at the bank", "fish swam near the bank")),
+        ("a shop for money", ("the bank paid him", "she works for the rich bank", "he took gold to the bank")),
     ),
     "bark": (
-        ("a noise", ("the bark of the dog was loud", "he heard a bark", "a bark woke the cat")),
-        ("the skin of a tree", ("leaves and bark fell", "the bark of the wood was dry", "he cut the bark with a knife")),
+        ("a noise", ("the bark was loud", "he heard the bark", "a bark woke the cat")),
+        ("the skin of a tree", ("the leaves and bark fell", "the bark burned in fire", "she cut the bark with one knife")),
     ),
     "ring": (
-        ("a jewel", ("she wore a ring of gold", "he lost the ring from a hand", "the queen has a ring")),
-        ("a noise", ("he heard the ring of the bell", "a loud ring woke her", "the ring came from the church")),
+        ("a jewel", ("she wore the ring of gold", "he lost the ring on monday", "the queen has a ring")),
+        ("a noise", ("they heard the ring", "one loud ring woke the dog", "the ring came from church")),
     ),
     "match": (
-        ("a game", ("the team won the match", "they kicked the ball in the match", "he played a match")),
-        ("a fire stick", ("she lit the lamp with a match", "the match was hot", "a wet match does not burn")),
+        ("a game", ("the team won this match", "they kicked in the match", "players trained for the match")),
+        ("a fire stick", ("she lit the lamp with a match", "the match was hot", "wet is the match and does not burn")),
     ),
     "spring": (
-        ("a season", ("in spring the flowers come", "birds sing in spring", "after the snow came spring")),
-        ("a place of water", ("he drank from the spring", "the spring runs to the river", "they filled the cup at the spring")),
+        ("a season", ("the flowers come in spring", "birds sing all the spring", "after the snow came spring")),
+        ("a place of water", ("he drank from the spring", "the spring runs to a river", "they filled cups at the spring")),
     ),
     "seal": (
-        ("an animal", ("the seal swam in the sea", "a seal ate fish", "the young seal slept on the sand")),
-        ("a mark", ("the letter has a seal", "he broke the seal of the king", "she put a red seal on the page")),
+        ("an animal", ("the seal swam in water", "a seal ate the fish", "one young seal slept on the sand")),
+        ("a mark", ("the letter has this seal", "he broke the seal of wood", "she put her red seal to the page")),
     ),
     "palm": (
-        ("a tree", ("the palm has leaves", "they sat in the shade of a palm", "a palm grows by the sea")),
-        ("a part of the hand", ("he held a coin in the palm", "she read the palm of the man", "a cut in the palm was red")),
+        ("a tree", ("the palm has leaves", "they sat in shade by the palm", "one palm grows near the sea")),
+        ("a part of the hand", ("he held coins on the palm", "she read the palm of a man", "red was the palm from fire")),
     ),
 }  # fmt: skip

@@ -40,14 +40,14 @@ THINGS = tuple(USES)
 # A kind and its members. What one has some of is named by `SOME`.
 KINDS = {
     "fruit": tuple("plum pear cherry lemon peach fig".split()),
-    "animal": ("dog", "cat", "horse", "goat", "hen", "duck"),
+    "creature": ("dog", "cat", "horse", "goat", "hen", "duck"),
     "tool": tuple("hammer knife spade rake needle brush".split()),
     "toy": ("ball", "drum", "doll", "kite", "top", "puppet"),
     "garment": tuple("shirt scarf coat sock hat glove".split()),
 }
 SOME = {
     "fruit": "some fruit",
-    "animal": "some animals",
+    "creature": "some creatures",
     "tool": "some tools",
     "toy": "some toys",
     "garment": "some clothes",

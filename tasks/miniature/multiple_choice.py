@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from tasks.miniature.draws import Draw
 from tasks.miniature.events import CAUSES
-from tasks.miniature.lexicon import PEOPLE, PLACES
+from tasks.miniature.lexicon import PEOPLE, PLACES, pronoun
 from tasks.miniature.sentences import told
 from tasks.miniature.world import World
 
@@ -42,6 +42,9 @@ def motives(world: World, draw: Draw, index: int) -> dict:
     return {
         "passage": told(draw.shuffled(done)),
         "question": f"why did {people[0]} do it ?",
-        "choices": draw.placed(causes[0][0], [cause for cause, _ in causes[1:]], label),
+        "choices": [
+            f"{pronoun(people[0])} {cause}"
+            for cause in draw.placed(causes[0][0], [cause for cause, _ in causes[1:]], label)
+        ],
         "label": label,
     }
