@@ -45,4 +45,4 @@ def reasoned(draw: Draw, people: list[str]) -> tuple[str, int]:
     *forms, first, second = draw.pick(REASONS)
     meant = draw.below(2)
     form = draw.pick(forms).format(a=people[0], b=people[1])
-    return f"{form} because {{x}} {(first, second)[meant]} .", meant
+    return f"{form} because {{x}} {(first, second)[meant]}.", meant

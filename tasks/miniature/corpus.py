@@ -7,9 +7,9 @@ which kind. Some documents are talk, in which people ask and answer. No document
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
-from tasks.miniature.draws import Draw
+from tasks.miniature.draws import Draw, split_of
 from tasks.miniature.events import CAUSES, COMPARISONS, CONVERSES, REASONS, SENSES
 from tasks.miniature.lexicon import (
     DAYS,
@@ -36,19 +36,40 @@ from tasks.miniature.topics import KINDS as DESCRIBED
 from tasks.miniature.topics import NEWS
 from tasks.miniature.world import RELATIONS, World, world
 
-
-def documents(seed: int = 0, *, start: int = 0) -> Iterator[str]:
-    """The corpus without end, from document `start` on."""
-    index = start
-    while True:
-        yield document(seed, index)
-        index += 1
+SIZES = {"train": 200_000, "validation": 1_000}
 
 
-def document(seed: int, index: int) -> str:
-    """One document of the corpus; the same for the same (seed, index)."""
-    draw = Draw("document", seed, index)
-    return draw.pick(WRITERS)(world(seed), draw)
+class Documents(Sequence[dict[str, str]]):
+    """The documents of one split, made when asked for: {"text": ...}; the same for the same (split, seed, index)."""
+
+    def __init__(self, split: str, seed: int) -> None:
+        self._split, self._world, self._size = split, world(seed), SIZES[split]
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: int) -> dict[str, str]:
+        if not 0 <= index < self._size:
+            raise IndexError(f"document {index} of {self._split}, which has {self._size}")
+        draw = Draw("document", self._split, self._world.seed, index)
+        while True:
+            text = draw.pick(WRITERS)(self._world, draw)
+            if (split_of([text]) == "train") == (self._split == "train"):
+                return {"text": text}
+
+    def __iter__(self) -> Iterator[dict[str, str]]:
+        return (self[i] for i in range(self._size))
+
+
+def documents(split: str, seed: int = 0) -> Documents:
+    """The corpus of a world.
+
+    Raises:
+      ValueError: there is no such split.
+    """
+    if split not in SIZES:
+        raise ValueError(f"the corpus has no split {split!r}; it has {', '.join(SIZES)}")
+    return Documents(split, seed)
 
 
 def life(world: World, draw: Draw) -> str:
@@ -73,7 +94,7 @@ def life_described(world: World, draw: Draw) -> str:
         draw.pick(RELATIONS[r].statements).format(p=words, v=world.facts[r][person])
         for r in draw.shuffled(relations)
     ]
-    lines.insert(draw.below(3), f"{words} is {person} .")
+    lines.insert(draw.below(3), f"{words} is {person}.")
     return told(lines)
 
 
@@ -84,29 +105,40 @@ def asked_about(world: World, draw: Draw) -> str:
     value = world.facts[relation][person]
     question = draw.pick(RELATIONS[relation].questions).format(p=person)
     statement = draw.pick(RELATIONS[relation].statements)
-    lines = [f"{one} : {question}"]
+    lines = [f"{one}: {question}"]
     if draw.heads():
         wrong = draw.pick(sorted(set(world.facts[relation].values()) - {value, person}))
         lines += [
-            f"{two} : {statement.format(p=person, v=wrong)}",
-            f"{one} : no , that is wrong .",
+            f"{two}: {statement.format(p=person, v=wrong)}",
+            f"{one}: no, that is wrong.",
         ]
-    lines += [f"{two} : {statement.format(p=person, v=value)}", f"{one} : yes , that is right ."]
+    lines += [f"{two}: {statement.format(p=person, v=value)}", f"{one}: yes, that is right."]
     return told(lines)
 
 
 def put_away(world: World, draw: Draw) -> str:
-    """Where things are, and talk about it."""
+    """Where things are, and talk about it: two questions and their answers."""
+    n = draw.pick((2, 3))
+    put = list(zip(*(draw.some(items, n) for items in (PEOPLE, THINGS, PLACES)), strict=True))
+    lines = [f"{p} put the {t} in the {q}" for p, t, q in put]
+    for person, thing, place in draw.some(put, 2):
+        lines += draw.pick(
+            (
+                [f"where is the {thing}?", f"the {thing} is in the {place}"],
+                [f"who had the {thing}?", f"{person} had the {thing}"],
+                [f"what is in the {place}?", f"the {thing} is in the {place}"],
+            )
+        )
+    return told(lines)
+
+
+def repeated(world: World, draw: Draw) -> str:
+    """What people say of things, and what others then say again."""
     n = draw.pick((2, 3))
     people, things, places = (draw.some(items, n) for items in (PEOPLE, THINGS, PLACES))
-    lines = [f"{p} put the {t} in the {q}" for p, t, q in zip(people, things, places, strict=True)]
-    person, thing, place = draw.pick(list(zip(people, things, places, strict=True)))
-    asked = draw.below(3)
-    lines += [
-        (f"where is the {thing} ?", f"who had the {thing} ?", f"what is in the {place} ?")[asked],
-        (f"the {thing} is in the {place}", f"{person} had the {thing}", f"the {thing} is in the {place}")[asked],
-    ]  # fmt: skip
-    return told(lines)
+    lines = [f"the {t} is in the {q}" for t, q in zip(things, places, strict=True)]
+    again = [f"{p}: {line}" for p, line in zip(people, draw.shuffled(lines), strict=True)]
+    return told([*lines, *again])
 
 
 def going(world: World, draw: Draw) -> str:
@@ -120,11 +152,11 @@ def going(world: World, draw: Draw) -> str:
         at[mover] = places[2]
     who = draw.below(2)
     guess = draw.pick(at)
-    lines.append(f"is {people[who]} at the {guess} ?")
+    lines.append(f"is {people[who]} at the {guess}?")
     if guess == at[who]:
-        lines.append(f"yes , {people[who]} is at the {guess}")
+        lines.append(f"yes, {people[who]} is at the {guess}")
     else:
-        lines.append(f"no , {people[who]} is at the {at[who]}")
+        lines.append(f"no, {people[who]} is at the {at[who]}")
     return told(lines)
 
 
@@ -132,9 +164,9 @@ def not_told(world: World, draw: Draw) -> str:
     """Of somebody no place is told, so the answer is maybe."""
     a, b, c = draw.some(PEOPLE, 3)
     place, thing = draw.pick(PLACES), draw.pick(THINGS)
-    who, answer = draw.pick(((a, f"yes , {a} is at the {place}"), (b, "maybe , i do not know")))
+    who, answer = draw.pick(((a, f"yes, {a} is at the {place}"), (b, "maybe, i do not know")))
     facts = draw.shuffled([f"{a} is at the {place}", f"{b} has a {thing}"])
-    return told([*facts, f"is {who} at the {place} ?", answer])
+    return told([*facts, f"is {who} at the {place}?", answer])
 
 
 def other_side(world: World, draw: Draw) -> str:
@@ -163,10 +195,10 @@ def cause(world: World, draw: Draw) -> str:
         lines.append(
             draw.pick(
                 (
-                    f"{person} {state} , so {he} {action}",
+                    f"{person} {state}, so {he} {action}",
                     f"{person} {action} because {he} {state}",
-                    f"why did {person} do it ? {he} {action} because {he} {state}",
-                    f"{person} {state} . then {he} {action}",
+                    f"why did {person} do it? {he} {action} because {he} {state}",
+                    f"{person} {state}. then {he} {action}",
                 )
             )
         )
@@ -184,9 +216,9 @@ def reason(world: World, draw: Draw) -> str:
     lines = draw.pick(
         (
             [f"{said} because {he} {why}", f"{people[meant]} {why}"],
-            [f"{people[meant]} {why} , so {said}"],
+            [f"{people[meant]} {why}, so {said}"],
             [f"{said} because {people[meant]} {why}"],
-            [f"{said} because {he} {why}", f"who {why} ? {people[meant]} {why}"],
+            [f"{said} because {he} {why}", f"who {why}? {people[meant]} {why}"],
         )
     )
     return told(lines)
@@ -244,7 +276,10 @@ def gathered(world: World, draw: Draw) -> str:
     if draw.heads():
         return told([f"a {one} is a {kind}", f"a {two} and a {three} are of the same kind"])
     return told(
-        [f"{person} bought a {one} , a {two} and a {three}", f"{pronoun(person)} has {SOME[kind]} now"]
+        [
+            f"{person} bought a {one}, a {two} and a {three}",
+            f"{pronoun(person)} has {SOME[kind]} now",
+        ]
     )
 
 
@@ -258,7 +293,7 @@ def meeting(world: World, draw: Draw) -> str:
             f"{one} went to the {place}",
             f"there {pronoun(one)} met {two}",
             f"{two} gave {one} a {thing}",
-            f"in short , {one} got a {thing} from {two} at the {place}",
+            f"in short, {one} got a {thing} from {two} at the {place}",
         ]
     )
 
@@ -269,7 +304,7 @@ def introduced(world: World, draw: Draw) -> str:
     food, pet = draw.pick(FOODS), draw.pick(PETS)
     return told(
         [
-            f"{name} : my name is {name}",
+            f"{name}: my name is {name}",
             f"my job is {job} and my town is {town}",
             f"{name} is a {job} from {town} who likes {food} and has a {pet}",
         ]
@@ -296,7 +331,11 @@ def fed(world: World, draw: Draw) -> str:
     eaten = [f"{p} ate {f}" for p, f in zip(people, foods, strict=True)]
     which = draw.below(2)
     return told(
-        [*draw.shuffled(lines), *draw.shuffled(eaten), f"so {people[which]} is {effects[which]} now"]
+        [
+            *draw.shuffled(lines),
+            *draw.shuffled(eaten),
+            f"so {people[which]} is {effects[which]} now",
+        ]
     )
 
 
@@ -305,7 +344,7 @@ def said(world: World, draw: Draw) -> str:
     n = draw.pick((2, 3))
     people, places = draw.some(PEOPLE, n), draw.some(PLACES, n)
     lines = [
-        f"{p} : i am going to the {q}" if draw.heads() else f"{p} : you will find me at the {q}"
+        f"{p}: i am going to the {q}" if draw.heads() else f"{p}: you will find me at the {q}"
         for p, q in zip(people, places, strict=True)
     ]
     which = draw.below(n)
@@ -319,8 +358,10 @@ def knowledge(world: World, draw: Draw) -> str:
     start = draw.below(len(sequence) - 3)
     return told(
         [
-            f"{word} is the opposite of {opposite}" if draw.heads() else f"{opposite} is the opposite of {word}",
-            " , ".join(sequence[start : start + 4]),
+            f"{word} is the opposite of {opposite}"
+            if draw.heads()
+            else f"{opposite} is the opposite of {word}",
+            ", ".join(sequence[start : start + 4]),
         ]
     )
 
@@ -331,7 +372,8 @@ SHARES: dict[Writer, int] = {
     life: 3,
     life_described: 4,
     asked_about: 3,
-    put_away: 2,
+    put_away: 4,
+    repeated: 3,
     going: 2,
     not_told: 1,
     other_side: 4,
@@ -347,8 +389,8 @@ SHARES: dict[Writer, int] = {
     meeting: 1,
     introduced: 1,
     doing: 1,
-    fed: 1,
-    said: 1,
+    fed: 2,
+    said: 2,
     knowledge: 1,
 }
 WRITERS: tuple[Writer, ...] = tuple(w for w, share in SHARES.items() for _ in range(share))

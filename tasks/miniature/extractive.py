@@ -14,12 +14,14 @@ def belongings(world: World, draw: Draw, index: int) -> dict:
     asked = draw.below(3)
     person, thing, place = people[asked], things[asked], places[asked]
     question, answer = (
-        (f"where is the {thing} ?", f"the {place}"),
-        (f"who had the {thing} ?", person),
-        (f"what is in the {place} ?", f"the {thing}"),
+        (f"where is the {thing}?", f"the {place}"),
+        (f"who had the {thing}?", person),
+        (f"what is in the {place}?", f"the {thing}"),
     )[index % 3]
     return {
-        "passage": told([f"{p} put the {t} in the {q}" for p, t, q in zip(people, things, places, strict=True)]),
+        "passage": told(
+            [f"{p} put the {t} in the {q}" for p, t, q in zip(people, things, places, strict=True)]
+        ),
         "question": question,
         "answer": answer,
     }
@@ -35,6 +37,6 @@ def rules(world: World, draw: Draw, index: int) -> dict:
     return {
         "background": told(draw.shuffled(rule)),
         "situation": told(draw.shuffled(eaten)),
-        "question": f"who is {effects[asked]} now ?",
+        "question": f"who is {effects[asked]} now?",
         "answer": people[asked],
     }

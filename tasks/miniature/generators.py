@@ -92,7 +92,9 @@ class Rows(Sequence[Row]):
 
     def __getitem__(self, index: int) -> Row:
         if not 0 <= index < self._size:
-            raise IndexError(f"row {index} of {self._path[0]}, {self._split}, which has {self._size} rows")
+            raise IndexError(
+                f"row {index} of {self._path[0]}, {self._split}, which has {self._size} rows"
+            )
         draw = Draw("row", *self._path, index)
         while True:
             row = self._generator.make(self._world, draw, index)

@@ -20,7 +20,7 @@ def statements(world: World, draw: Draw, index: int) -> dict:
     passage, statement = (told_places, moved, compared)[round_](draw, label)
     return {
         "passage": told(passage),
-        "statement": f"{statement} .",
+        "statement": f"{statement}.",
         "round": f"r{round_ + 1}",
         "label": label,
     }
@@ -72,4 +72,4 @@ def entailment(world: World, draw: Draw, index: int) -> dict:
         (mine, yours), (here, there) = draw.some(THINGS, 2), draw.some(PLACES, 2)
         passage = [f"{a} put the {mine} in the {here}", f"{b} put the {yours} in the {there}"]
         statement = f"the {mine} is in the {here if label == YES else there}"
-    return {"premise": told(draw.shuffled(passage)), "hypothesis": f"{statement} .", "label": label}
+    return {"premise": told(draw.shuffled(passage)), "hypothesis": f"{statement}.", "label": label}

@@ -30,7 +30,7 @@ def opposites(world: World, draw: Draw, index: int) -> dict:
     pairs = draw.some(sorted(OPPOSITES.items()), 3)
     given, wanted = pairs[0] if draw.heads() else pairs[0][::-1]
     words = draw.shuffled([wanted, draw.pick(pairs[1]), draw.pick(pairs[2])])
-    return {"words": " , ".join(words), "word": given, "answer": wanted}
+    return {"words": ", ".join(words), "word": given, "answer": wanted}
 
 
 def counting(world: World, draw: Draw, index: int) -> dict:
@@ -45,7 +45,7 @@ def odd_one(world: World, draw: Draw, index: int) -> dict:
     """The word that is not of the kind of the others."""
     kind, other = draw.some(sorted(KINDS), 2)
     members, odd = draw.some(KINDS[kind], 3), draw.pick(KINDS[other])
-    return {"words": " , ".join(draw.shuffled([*members, odd])), "answer": odd}
+    return {"words": ", ".join(draw.shuffled([*members, odd])), "answer": odd}
 
 
 def same_kind(world: World, draw: Draw, index: int) -> dict:
@@ -66,7 +66,7 @@ def well_made(world: World, draw: Draw, index: int) -> dict:
     words = form.format(a=a, b=b, t=draw.pick(THINGS)).split()
     if label:
         words = draw.shuffled(words[:-1]) + words[-1:] if draw.heads() else words[::-1]
-    return {"sentence": " ".join([*words, "."]), "label": label}
+    return {"sentence": f"{' '.join(words)}.", "label": label}
 
 
 def asking(world: World, draw: Draw, index: int) -> dict:
@@ -77,7 +77,7 @@ def asking(world: World, draw: Draw, index: int) -> dict:
     return {
         "passage": told(lines),
         "about": f"the {things[asked]}",
-        "question": f"where did {people[asked]} leave the {things[asked]} ?",
+        "question": f"where did {people[asked]} leave the {things[asked]}?",
     }
 
 
@@ -85,7 +85,7 @@ def positions(world: World, draw: Draw, index: int) -> dict:
     """The first, second or last word of a list."""
     words = draw.some(COLOURS + FOODS + JOBS + TOWNS, 4)
     which, position = (("first", 0), ("second", 1), ("last", 3))[index % 3]
-    return {"words": " , ".join(words), "which": which, "answer": words[position]}
+    return {"words": ", ".join(words), "which": which, "answer": words[position]}
 
 
 def sequences(world: World, draw: Draw, index: int) -> dict:
@@ -94,7 +94,7 @@ def sequences(world: World, draw: Draw, index: int) -> dict:
     start = draw.below(len(sequence) - 3)
     shown = draw.pick((2, 3))
     run = sequence[start : start + shown]
-    return {"words": " , ".join(run), "answer": sequence[start + shown]}
+    return {"words": ", ".join(run), "answer": sequence[start + shown]}
 
 
 MAKERS = {

@@ -18,16 +18,16 @@ def dialogue(world: World, draw: Draw, index: int) -> dict:
     speakers, places = draw.some(PEOPLE, n), draw.some(PLACES, n)
     asked = draw.below(n)
     lines = [
-        f"{speaker} : i am going to the {place} ."
+        f"{speaker}: i am going to the {place}."
         if draw.heads()
-        else f"{speaker} : you will find me at the {place} ."
+        else f"{speaker}: you will find me at the {place}."
         for speaker, place in zip(speakers, places, strict=True)
     ]
     label = index // 3 % n
     wrong = places[:asked] + places[asked + 1 :]
     return {
         "dialogue": told(lines),
-        "question": f"where is {speakers[asked]} going ?",
+        "question": f"where is {speakers[asked]} going?",
         "choices": [f"the {place}" for place in draw.placed(places[asked], wrong, label)],
         "label": label,
     }
@@ -41,7 +41,7 @@ def motives(world: World, draw: Draw, index: int) -> dict:
     label = index % 4
     return {
         "passage": told(draw.shuffled(done)),
-        "question": f"why did {people[0]} do it ?",
+        "question": f"why did {people[0]} do it?",
         "choices": [
             f"{pronoun(people[0])} {cause}"
             for cause in draw.placed(causes[0][0], [cause for cause, _ in causes[1:]], label)

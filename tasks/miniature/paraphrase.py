@@ -14,9 +14,9 @@ def sentences(world: World, draw: Draw, index: int) -> dict:
     label = index % 2
     a, b = draw.some(PEOPLE, 2)
     one, two = converse(
-        draw, a=a, b=b, thing=draw.pick(THINGS), forms=draw.pick(CONVERSES), same=label == 0
+        draw, a=a, b=b, thing=draw.pick(THINGS), forms=draw.pick(CONVERSES), same=label == 1
     )
-    return {"sentence1": one, "sentence2": two, "label": label}  # 0 the same, 1 not
+    return {"sentence1": one, "sentence2": two, "label": label}  # 1 the same, 0 not
 
 
 def questions(world: World, draw: Draw, index: int) -> dict:
@@ -25,11 +25,11 @@ def questions(world: World, draw: Draw, index: int) -> dict:
     relation, other = draw.some(sorted(RELATIONS), 2)
     person, somebody = draw.some(PEOPLE, 2)
     first, second = draw.shuffled(RELATIONS[relation].questions)
-    if label == 1 and draw.heads():
+    if label == 0 and draw.heads():
         second = draw.pick(RELATIONS[other].questions)
         somebody = person
     return {
         "question1": first.format(p=person),
-        "question2": second.format(p=somebody if label else person),
-        "label": label,  # 0 the same, 1 not
+        "question2": second.format(p=person if label else somebody),
+        "label": label,  # 1 the same, 0 not
     }

@@ -7,7 +7,7 @@ from tasks.miniature.lexicon import THINGS, TOWNS
 from tasks.miniature.sentences import told
 from tasks.miniature.world import World
 
-# Sentences that one star, two, ... five stars go with; "it" is the thing.
+# Sentences that one star, two,... five stars go with; "it" is the thing.
 STARS = (
     ("it is very bad", "i hate it", "it broke at once"),
     ("it is bad", "i do not like it", "it broke soon"),
@@ -42,7 +42,7 @@ def plays(world: World, draw: Draw, index: int) -> dict:
 
 
 def verdict(draw: Draw, subject: str, *, good: bool) -> str:
-    """"the song was not dull": the subject praised or blamed."""
+    """ "the song was not dull": the subject praised or blamed."""
     straight = draw.heads()
     adjective = draw.pick(GOOD if good == straight else BAD)
     return f"the {subject} was {adjective if straight else f'not {adjective}'}"

@@ -43,5 +43,5 @@ def gist(world: World, draw: Draw, index: int) -> dict:
                 f"{pronoun(person)} {verb} a {members[1]} and a {members[2]}",
             ]
         ),
-        "summary": f"{person} {verb} {SOME[kind]} at the {place} .",
+        "summary": f"{person} {verb} {SOME[kind]} at the {place}.",
     }

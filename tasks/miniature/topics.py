@@ -72,5 +72,7 @@ def kinds(world: World, draw: Draw, index: int) -> dict:
     """Something that has a name nobody knows, described by two properties; fourteen kinds."""
     label = index % 14
     name, town = draw.pick(STRANGERS), draw.pick(TOWNS)
-    seen = draw.pick((f"i saw {name} near {town}", f"{name} is known in {town}", f"in {town} there is {name}"))
+    seen = draw.pick(
+        (f"i saw {name} near {town}", f"{name} is known in {town}", f"in {town} there is {name}")
+    )
     return {"text": told([seen, *draw.shuffled(KINDS[KIND_NAMES[label]])]), "label": label}

@@ -19,7 +19,7 @@ def senses(world: World, draw: Draw, index: int) -> dict:
     first, second = draw.some(TIMES, 2)
     return {
         "word": word,
-        "sentence1": f"{first} {one} .",
-        "sentence2": f"{second} {two} .",
+        "sentence1": f"{first} {one}.",
+        "sentence2": f"{second} {two}.",
         "label": label,
     }

@@ -22,24 +22,24 @@ class Relation:
 
 RELATIONS = {
     "town": Relation(
-        statements=("{p} lives in {v} .", "the home of {p} is in {v} ."),
-        questions=("where does {p} live ?", "in which town is the home of {p} ?"),
+        statements=("{p} lives in {v}.", "the home of {p} is in {v}."),
+        questions=("where does {p} live?", "in which town is the home of {p}?"),
     ),
     "job": Relation(
-        statements=("{p} works as a {v} .", "the job of {p} is {v} ."),
-        questions=("what does {p} work as ?", "what is the job of {p} ?"),
+        statements=("{p} works as a {v}.", "the job of {p} is {v}."),
+        questions=("what does {p} work as?", "what is the job of {p}?"),
     ),
     "food": Relation(
-        statements=("{p} likes to eat {v} .", "the food of {p} is {v} ."),
-        questions=("what does {p} like to eat ?", "what is the food of {p} ?"),
+        statements=("{p} likes to eat {v}.", "the food of {p} is {v}."),
+        questions=("what does {p} like to eat?", "what is the food of {p}?"),
     ),
     "pet": Relation(
-        statements=("{p} has a {v} .", "the pet of {p} is a {v} ."),
-        questions=("which animal does {p} have ?", "what is the pet of {p} ?"),
+        statements=("{p} has a {v}.", "the pet of {p} is a {v}."),
+        questions=("which animal does {p} have?", "what is the pet of {p}?"),
     ),
     "friend": Relation(
-        statements=("{p} is a friend of {v} .", "the friend of {p} is {v} ."),
-        questions=("who is the friend of {p} ?", "which person does {p} have as a friend ?"),
+        statements=("{p} is a friend of {v}.", "the friend of {p} is {v}."),
+        questions=("who is the friend of {p}?", "which person does {p} have as a friend?"),
     ),
 }
 
