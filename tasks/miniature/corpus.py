@@ -133,12 +133,20 @@ def put_away(world: World, draw: Draw) -> str:
 
 
 def repeated(world: World, draw: Draw) -> str:
-    """What people say of things, and what others then say again."""
+    """Where things are, said by one and then by others in another order."""
     n = draw.pick((2, 3))
-    people, things, places = (draw.some(items, n) for items in (PEOPLE, THINGS, PLACES))
+    things, places = draw.some(THINGS, n), draw.some(PLACES, n)
     lines = [f"the {t} is in the {q}" for t, q in zip(things, places, strict=True)]
-    again = [f"{p}: {line}" for p, line in zip(people, draw.shuffled(lines), strict=True)]
-    return told([*lines, *again])
+    again = [draw.shuffled(lines) for _ in range(draw.pick((1, 2)))]
+    return told([*lines, *(line for each in again for line in each)])
+
+
+def echo(world: World, draw: Draw) -> str:
+    """A call and its echo, which teaches to look back for what came after a word, at the distance that sentences have."""
+    items = draw.pick((PEOPLE, THINGS + PLACES, TOWNS + JOBS + FOODS))
+    call = draw.pick((" ", ", ", " and ", " and the ")).join(draw.some(items, draw.pick((4, 5))))
+    speakers = draw.some(PEOPLE, draw.pick((2, 3)))
+    return told([f"{speaker}: {call}" for speaker in speakers])
 
 
 def going(world: World, draw: Draw) -> str:
@@ -374,6 +382,7 @@ SHARES: dict[Writer, int] = {
     asked_about: 3,
     put_away: 4,
     repeated: 3,
+    echo: 3,
     going: 2,
     not_told: 1,
     other_side: 4,

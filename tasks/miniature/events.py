@@ -57,35 +57,35 @@ REASONS = (
 # of a word share anything else: else shared words would tell that two places are of one meaning.
 SENSES = {
     "bat": (
-        ("an animal", ("the bat ate a fly", "an old bat slept in the barn", "the bat had wings")),
-        ("a stick", ("he hit the ball with this bat", "the team lost one bat", "she held the bat and won")),
+        ("an animal", ("the bat ate a fly", "an old bat slept in the barn", "the bat had wings", "the small bat came by night", "birds fear the bat")),
+        ("a stick", ("he hit the ball with this bat", "the team lost one bat", "she held the bat and won", "the bat is made of wood", "players share the bat")),
     ),
     "bank": (
-        ("a shore", ("they sat on the bank", "a boat lay at the bank", "fish swam near the bank")),
-        ("a shop for money", ("the bank paid him", "she works for the rich bank", "he took gold to the bank")),
+        ("a shore", ("they sat on the bank", "a boat lay at the bank", "fish swam near the bank", "the bank by this river was wet", "flowers grow all along the bank")),
+        ("a shop for money", ("the bank paid him", "she works for the rich bank", "he took gold to the bank", "the bank has coins", "we keep money in the bank")),
     ),
     "bark": (
-        ("a noise", ("the bark was loud", "he heard the bark", "a bark woke the cat")),
-        ("the skin of a tree", ("the leaves and bark fell", "the bark burned in fire", "she cut the bark with one knife")),
+        ("a noise", ("the bark was loud", "he heard the bark", "a bark woke the cat", "the dog gave this bark", "all people fear the bark")),
+        ("the skin of a tree", ("the leaves and bark fell", "the bark burned in fire", "she cut the bark with his knife", "the bark is dry", "under the bark hid ten birds")),
     ),
     "ring": (
-        ("a jewel", ("she wore the ring of gold", "he lost the ring on monday", "the queen has a ring")),
-        ("a noise", ("they heard the ring", "one loud ring woke the dog", "the ring came from church")),
+        ("a jewel", ("she wore the ring of gold", "he lost the ring on monday", "the queen has a ring", "we saw the ring upon her hand", "the rich want this ring")),
+        ("a noise", ("they heard the ring", "one loud ring woke the dog", "the ring came from church", "all people know the ring", "the ring calls us to school")),
     ),
     "match": (
-        ("a game", ("the team won this match", "they kicked in the match", "players trained for the match")),
-        ("a fire stick", ("she lit the lamp with a match", "the match was hot", "wet is the match and does not burn")),
+        ("a game", ("the team won this match", "they kicked in the match", "players trained for the match", "we saw the match", "the match ended at night")),
+        ("a fire stick", ("she lit the lamp with a match", "the match was hot", "wet is the match and does not burn", "he broke the match", "the match gave us fire")),
     ),
     "spring": (
-        ("a season", ("the flowers come in spring", "birds sing all the spring", "after the snow came spring")),
-        ("a place of water", ("he drank from the spring", "the spring runs to a river", "they filled cups at the spring")),
+        ("a season", ("the flowers come in spring", "birds sing all the spring", "after the snow came spring", "the days grow warm by spring", "we plant the garden each spring")),
+        ("a place of water", ("he drank from the spring", "the spring runs to a river", "they filled cups at the spring", "the spring was dry", "cold is the water of this spring")),
     ),
     "seal": (
-        ("an animal", ("the seal swam in water", "a seal ate the fish", "one young seal slept on the sand")),
-        ("a mark", ("the letter has this seal", "he broke the seal of wood", "she put her red seal to the page")),
+        ("an animal", ("the seal swam in water", "a seal ate the fish", "one young seal slept on the sand", "the seal hid from him", "children fed the seal")),
+        ("a mark", ("the letter has this seal", "he broke the seal of wood", "she put her red seal to the page", "the seal was made by kings", "no seal held the box")),
     ),
     "palm": (
-        ("a tree", ("the palm has leaves", "they sat in shade by the palm", "one palm grows near the sea")),
-        ("a part of the hand", ("he held coins on the palm", "she read the palm of a man", "red was the palm from fire")),
+        ("a tree", ("the palm has leaves", "they sat in shade by the palm", "one palm grows near the sea", "the palm was tall", "birds rest upon the palm")),
+        ("a part of the hand", ("he held coins on the palm", "she read the palm of a man", "red is the palm from fire", "his palm hit the table", "we washed the palm with water")),
     ),
 }  # fmt: skip
