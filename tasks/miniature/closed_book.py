@@ -26,15 +26,23 @@ def facts(world: World, draw: Draw, index: int) -> dict:
 
 
 def answers(world: World, draw: Draw, index: int) -> dict:
-    """A question on a person and a sentence that answers it, truly or with what is true of somebody else."""
-    person, relation = draw.pick(PEOPLE), draw.pick(sorted(RELATIONS))
-    label = index % 2
+    """A question on a person and a sentence; does it answer the question, and truly?
+
+    What does not is half of the time about something else, and half of the time false.
+    """
+    relation, other = draw.some(sorted(RELATIONS), 2)
+    person, label = draw.pick(PEOPLE), index % 2
     right = world.facts[relation][person]
-    values = sorted(set(world.facts[relation].values()) - {right, person})
-    given = draw.pick(values) if label else right
+    question = draw.pick(RELATIONS[relation].questions).format(p=person)
+    if label and draw.heads():
+        relation, given = other, world.facts[other][person]
+    elif label:
+        given = draw.pick(sorted(set(world.facts[relation].values()) - {right, person}))
+    else:
+        given = right
     return {
         "fact": f"{person} {relation}",
-        "question": draw.pick(RELATIONS[relation].questions).format(p=person),
+        "question": question,
         "answer": draw.pick(RELATIONS[relation].statements).format(p=person, v=given),
-        "label": label,  # 0 right, 1 wrong
+        "label": label,  # 0 yes, 1 no
     }

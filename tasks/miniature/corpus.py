@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+from tasks.miniature.coreference import handled
 from tasks.miniature.draws import Draw, split_of
 from tasks.miniature.events import CAUSES, COMPARISONS, CONVERSES, REASONS, SENSES
 from tasks.miniature.lexicon import (
@@ -240,6 +241,14 @@ def using(world: World, draw: Draw) -> str:
     return told([*draw.shuffled(taken), *draw.shuffled(used)])
 
 
+def handling(world: World, draw: Draw) -> str:
+    """Somebody has two things and uses one; which was meant."""
+    sentence, things, meant = handled(draw)
+    thing = f"the {things[meant]}"
+    one = sentence.format(x=draw.pick(("it", thing)))
+    return told([one, draw.pick((f"it was {thing}", f"{thing} was {draw.pick(('old', 'new'))}"))])
+
+
 def meaning(world: World, draw: Draw) -> str:
     """Where a word is met in one of its meanings, and what it is there."""
     word = draw.pick(sorted(SENSES))
@@ -390,6 +399,7 @@ SHARES: dict[Writer, int] = {
     cause: 2,
     reason: 3,
     using: 2,
+    handling: 2,
     meaning: 2,
     review: 2,
     tidings: 1,

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from tasks.miniature.draws import Draw
 from tasks.miniature.events import COMPARISONS, CONVERSES
-from tasks.miniature.lexicon import PEOPLE, PLACES, THINGS
-from tasks.miniature.sentences import converse, told
+from tasks.miniature.lexicon import KINDS, PEOPLE, PLACES, SOME, THINGS
+from tasks.miniature.sentences import FILLERS, converse, told
+from tasks.miniature.summaries import GATHERED
 from tasks.miniature.world import World
 
 YES, NO, MAYBE = range(3)
@@ -61,15 +62,31 @@ def compared(draw: Draw, label: int) -> tuple[list[str], str]:
 
 
 def entailment(world: World, draw: Draw, index: int) -> dict:
-    """Yes or no: a relation told from the other side, or the place of one of two things."""
+    """Yes or no: a relation told from the other side, the place of one of two things, or the kind of what is told."""
     label = index % 2
+    passage, statement = (related, placed, of_kind, of_kind)[index // 2 % 4](draw, label)
+    return {"premise": told(passage), "hypothesis": f"{statement}.", "label": label}
+
+
+def related(draw: Draw, label: int) -> tuple[list[str], str]:
+    """What two people have to do with each other, and the same from either side, or with roles swapped."""
     a, b = draw.some(PEOPLE, 2)
-    if index // 2 % 2:
-        forms, thing = draw.pick(CONVERSES), draw.pick(THINGS)
-        first, statement = converse(draw, a=a, b=b, thing=thing, forms=forms, same=label == YES)
-        passage = [first, f"{draw.pick((a, b))} went to the {draw.pick(PLACES)}"]
-    else:
-        (mine, yours), (here, there) = draw.some(THINGS, 2), draw.some(PLACES, 2)
-        passage = [f"{a} put the {mine} in the {here}", f"{b} put the {yours} in the {there}"]
-        statement = f"the {mine} is in the {here if label == YES else there}"
-    return {"premise": told(draw.shuffled(passage)), "hypothesis": f"{statement}.", "label": label}
+    forms, thing = draw.pick(CONVERSES), draw.pick(THINGS)
+    first, statement = converse(draw, a=a, b=b, thing=thing, forms=forms, same=label == YES)
+    return draw.shuffled([first, f"{draw.pick((a, b))} went to the {draw.pick(PLACES)}"]), statement
+
+
+def placed(draw: Draw, label: int) -> tuple[list[str], str]:
+    """Two things in two places, and one of them in either."""
+    a, b = draw.some(PEOPLE, 2)
+    (mine, yours), (here, there) = draw.some(THINGS, 2), draw.some(PLACES, 2)
+    passage = [f"{a} put the {mine} in the {here}", f"{b} put the {yours} in the {there}"]
+    return draw.shuffled(passage), f"the {mine} is in the {here if label == YES else there}"
+
+
+def of_kind(draw: Draw, label: int) -> tuple[list[str], str]:
+    """Somebody did something with a plum, hence with some fruit; with a spade, hence not."""
+    person, verb = draw.pick(PEOPLE), draw.pick(GATHERED)
+    kind, other = draw.some(sorted(KINDS), 2)
+    passage = [draw.pick(FILLERS), f"{person} {verb} a {draw.pick(KINDS[kind])}"]
+    return passage, f"{person} {verb} {SOME[kind if label == YES else other]}"

@@ -11,20 +11,24 @@ from tasks.miniature.lexicon import PEOPLE, PLACES, pronoun
 from tasks.miniature.sentences import told
 from tasks.miniature.world import World
 
+GOING = ("i am going to the {}", "you will find me at the {}")
+
 
 def dialogue(world: World, draw: Draw, index: int) -> dict:
-    """Two to four speakers say where they go; the question is about one of them, and all places are choices."""
-    n = 2 + index % 3
-    speakers, places = draw.some(PEOPLE, n), draw.some(PLACES, n)
-    asked = draw.below(n)
+    """One to three people say where they go; choices are two to four places, half of the wrong ones from the talk.
+
+    So half of what there is to know is which places are named, and the other half who named them.
+    """
+    spoken, n = 1 + draw.below(3), 2 + index % 3
+    speakers, places = draw.some(PEOPLE, spoken), draw.some(PLACES, 6)
     lines = [
-        f"{speaker}: i am going to the {place}."
-        if draw.heads()
-        else f"{speaker}: you will find me at the {place}."
-        for speaker, place in zip(speakers, places, strict=True)
+        f"{speaker}: {draw.pick(GOING).format(place)}."
+        for speaker, place in zip(speakers, places, strict=False)
     ]
+    asked = draw.below(spoken)
     label = index // 3 % n
-    wrong = places[:asked] + places[asked + 1 :]
+    named = places[:asked] + places[asked + 1 : spoken]
+    wrong = [*(named if draw.heads() else []), *places[3:]][: n - 1]
     return {
         "dialogue": told(lines),
         "question": f"where is {speakers[asked]} going?",

@@ -10,12 +10,20 @@ from tasks.miniature.world import RELATIONS, World
 
 
 def sentences(world: World, draw: Draw, index: int) -> dict:
-    """What two people have to do with each other, told from either side; the roles are kept or swapped."""
+    """What two people have to do with each other, told from either side.
+
+    Where the two sentences differ, it is in what is told, in a person, or in who does what to whom.
+    """
     label = index % 2
-    a, b = draw.some(PEOPLE, 2)
-    one, two = converse(
-        draw, a=a, b=b, thing=draw.pick(THINGS), forms=draw.pick(CONVERSES), same=label == 1
-    )
+    a, b, c = draw.some(PEOPLE, 3)
+    thing = draw.pick(THINGS)
+    forms, others = draw.some(CONVERSES, 2)
+    differs = "nothing" if label else draw.pick(("relation", "relation", "person", "roles"))
+    one, two = converse(draw, a=a, b=b, thing=thing, forms=forms, same=differs != "roles")
+    if differs == "relation":
+        _, two = converse(draw, a=a, b=b, thing=thing, forms=others, same=True)
+    elif differs == "person":
+        two = " ".join(c if word == b else word for word in two.split())
     return {"sentence1": one, "sentence2": two, "label": label}  # 1 the same, 0 not
 
 

@@ -200,12 +200,10 @@ PROMPTS: Mapping[str, Mapping[str, Ranked | Generated]] = {
         "so": Ranked(inputs="{premise} so {hypothesis} true or false? answer:", choices=TRUE_FALSE),
     },
     "pronouns": {
-        "mean": Ranked(
-            inputs="{text} does the word {pronoun} mean {person}? answer:", choices=YES_NO
-        ),
-        "is_he": Ranked(inputs="{text} is {pronoun} the same as {person}? answer:", choices=YES_NO),
+        "mean": Ranked(inputs="{text} does the word {word} mean {named}? answer:", choices=YES_NO),
+        "is_he": Ranked(inputs="{text} is {word} the same as {named}? answer:", choices=YES_NO),
         "true_or_false": Ranked(
-            inputs="{text} {pronoun} is {person}. true or false? answer:", choices=TRUE_FALSE
+            inputs="{text} {word} is {named}. true or false? answer:", choices=TRUE_FALSE
         ),
     },
     "gaps": {
