@@ -29,8 +29,8 @@ TABLE = {
     "plays": ("sentiment", "accuracy", "imdb"),
     "news": ("topic_classification", "accuracy", "ag_news"),
     "kinds": ("topic_classification", "accuracy", "dbpedia_14"),
-    "concepts": ("structure_to_text", "bleu_and_rouge", "common_gen"),
-    "lives": ("structure_to_text", "bleu_and_rouge", "wiki_bio"),
+    "concepts": ("structure_to_text", "bleu", "common_gen"),
+    "lives": ("structure_to_text", "bleu", "wiki_bio"),
     "highlights": ("summarization", "rouge", "cnn_dailymail"),
     "gist": ("summarization", "rouge", "xsum"),
     "sentences": ("paraphrase", "accuracy_and_f1", "mrpc"),
@@ -50,10 +50,14 @@ TABLE = {
     "asking": ("instruction", "rouge", ""),
     "positions": ("instruction", "squad", ""),
     "sequences": ("instruction", "squad", ""),
+    "finding": ("instruction", "squad", ""),
+    "mentioned": ("instruction", "accuracy", ""),
+    "repeating": ("instruction", "rouge", ""),
+    "naming": ("instruction", "accuracy", ""),
 }
 
 
-def listed(row: Row) -> Row:
+def with_choices(row: Row) -> Row:
     """The row's choices, where it has its own, as they stand in a question."""
     return {**row, "listed": " or ".join(row["choices"])}
 
@@ -68,7 +72,7 @@ def declared(name: str) -> Dataset:
         category=category,
         metric=metric,
         fields=tuple(sorted(fields)),
-        view=listed if has_choices else as_it_is,
+        view=with_choices if has_choices else as_it_is,
         view_fields=("listed",) if has_choices else (),
         prompts=PROMPTS[name],
         sources={

@@ -97,6 +97,54 @@ def sequences(world: World, draw: Draw, index: int) -> dict:
     return {"words": ", ".join(run), "answer": sequence[start + shown]}
 
 
+def finding(world: World, draw: Draw, index: int) -> dict:
+    """The person, the day, the fruit, the tool that a text names."""
+    kinds = draw.some(sorted(KINDS), 2)
+    things = [draw.pick(KINDS[kind]) for kind in kinds]
+    named = {
+        "person": draw.pick(PEOPLE),
+        "day": draw.pick(DAYS),
+        **dict(zip(kinds, things, strict=True)),
+    }
+    kind = draw.pick(sorted(named))
+    return {
+        "passage": f"on {named['day']} {named['person']} saw a {things[0]} and a {things[1]}.",
+        "kind": kind,
+        "answer": named[kind],
+    }
+
+
+def mentioned(world: World, draw: Draw, index: int) -> dict:
+    """Is somebody named in a text? Yes or no."""
+    label = index % 2
+    one, two, other = draw.some(PEOPLE, 3)
+    here, there = draw.some(PLACES, 2)
+    return {
+        "passage": f"{one} went to the {here}. {two} went to the {there}.",
+        "person": other if label else draw.pick((one, two)),
+        "label": label,
+    }
+
+
+def repeating(world: World, draw: Draw, index: int) -> dict:
+    """The first or the last sentence of a text, word for word."""
+    a, b, c, d = draw.some(PEOPLE, 4)
+    forms, others = (draw.pick(each) for each in draw.some(CONVERSES, 2))
+    lines = [
+        f"{forms.format(a=a, b=b, t=draw.pick(THINGS))}.",
+        f"{others.format(a=c, b=d, t=draw.pick(THINGS))}.",
+    ]
+    which, position = (("first", 0), ("last", 1))[index % 2]
+    return {"passage": " ".join(lines), "which": which, "answer": lines[position]}
+
+
+def naming(world: World, draw: Draw, index: int) -> dict:
+    """The kind of a thing, among all kinds."""
+    kinds = sorted(KINDS)
+    label = index % len(kinds)
+    return {"thing": draw.pick(KINDS[kinds[label]]), "label": label}
+
+
 MAKERS = {
     "opposites": (opposites, ("words", "word")),
     "counting": (counting, ("passage",)),
@@ -106,4 +154,8 @@ MAKERS = {
     "asking": (asking, ("passage",)),
     "positions": (positions, ("words",)),
     "sequences": (sequences, ("words",)),
+    "finding": (finding, ("passage",)),
+    "mentioned": (mentioned, ("passage",)),
+    "repeating": (repeating, ("passage",)),
+    "naming": (naming, ("thing",)),
 }

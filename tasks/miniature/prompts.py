@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tasks.dataset import Generated, Ranked
-from tasks.miniature.lexicon import NUMBERS
+from tasks.miniature.lexicon import KINDS, NUMBERS
 from tasks.miniature.topics import KIND_NAMES, TOPICS
 
 # In the order of the labels.
@@ -18,6 +18,7 @@ TRUE_FALSE = ("true", "false")
 FALSE_TRUE = ("false", "true")
 YES_NO_MAYBE = ("yes", "no", "maybe")
 STARS = NUMBERS[:5]
+NAMES_OF_KINDS = tuple(sorted(KINDS))
 
 PROMPTS: Mapping[str, Mapping[str, Ranked | Generated]] = {
     "dialogues": {
@@ -309,5 +310,41 @@ PROMPTS: Mapping[str, Mapping[str, Ranked | Generated]] = {
         "next": Generated(inputs="{words}, what is next? answer:", targets="{answer}"),
         "after": Generated(inputs="what comes after {words}? answer:", targets="{answer}"),
         "say": Generated(inputs="words: {words}. say the next:", targets="{answer}"),
+    },
+    "finding": {
+        "which": Generated(
+            inputs="{passage} which {kind} is in the text? answer:", targets="{answer}"
+        ),
+        "read": Generated(
+            inputs="read the text and answer. {passage} tell me the {kind}. answer:",
+            targets="{answer}",
+        ),
+        "ask_first": Generated(
+            inputs="question: which {kind} is it? text: {passage} answer:", targets="{answer}"
+        ),
+    },
+    "mentioned": {
+        "is_in": Ranked(inputs="{passage} is {person} in the text? answer:", choices=YES_NO),
+        "question": Ranked(
+            inputs="text: {passage} question: is it about {person}? answer:", choices=YES_NO
+        ),
+        "true_or_false": Ranked(
+            inputs="{passage} {person} is in the text. true or false? answer:", choices=TRUE_FALSE
+        ),
+    },
+    "repeating": {
+        "say": Generated(inputs="{passage} say the {which} sentence. answer:", targets="{answer}"),
+        "which": Generated(
+            inputs="text: {passage} which is the {which} sentence? answer:", targets="{answer}"
+        ),
+        "read": Generated(
+            inputs="read the text and tell me the {which} sentence. {passage} answer:",
+            targets="{answer}",
+        ),
+    },
+    "naming": {
+        "kind": Ranked(inputs="of which kind is a {thing}? answer:", choices=NAMES_OF_KINDS),
+        "what": Ranked(inputs="question: what is a {thing}? answer: a", choices=NAMES_OF_KINDS),
+        "say": Ranked(inputs="say the kind of this word: {thing}. kind:", choices=NAMES_OF_KINDS),
     },
 }
