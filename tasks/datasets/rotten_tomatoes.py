@@ -1,0 +1,30 @@
+"""Rotten Tomatoes (Pang and Lee 2005): sentences of film reviews. Stands in for a set of the study."""
+
+from __future__ import annotations
+
+from tasks.dataset import Dataset, Ranked
+from tasks.sources import JsonLines
+
+DATASETS = (
+    Dataset(
+        name="rotten_tomatoes",
+        category="sentiment",
+        metric="accuracy",
+        link="https://www.cs.cornell.edu/people/pabo/movie-review-data/",
+        fields=("text", "label"),
+        prompts={
+            "liked": Ranked(
+                inputs="{text}\n\nDid the writer of this review like it?", choices=("no", "yes")
+            ),
+            "tone": Ranked(
+                inputs="Review: {text}\nIs its tone negative or positive?",
+                choices=("negative", "positive"),
+            ),
+            "recommend": Ranked(
+                inputs="This is what a reviewer says.\n{text}\nWould this reviewer rather warn of it or recommend it?",
+                choices=("warn of it", "recommend it"),
+            ),
+        },
+        sources={"local": JsonLines(files="rotten_tomatoes.jsonl.gz", columns="fields")},
+    ),
+)

@@ -1,0 +1,161 @@
+"""Tasks as evaluation wants them: inputs, choices and references of every example, as tokens, and what they are judged by.
+
+Of ranked tasks every example has its choices as tokens, as many as it has; of the others a text is generated and judged by
+the references. What is over the lengths is cut by a named rule and counted.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import seqio
+
+from tasks import registry, vocabularies
+from tasks.metrics import METRICS, Metric
+from tasks.packing import Lengths, truncate
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationExample:
+    """One example.
+
+    Attributes:
+      id: of its row, unique within the split of a task.
+      inputs: [i] int32, without the start token; may be empty.
+      choices: [c_k] int32 each, with the end of sequence; none where the answer is generated.
+      label: the index of the right choice; None where generated.
+      references: all right answers.
+      inputs_text, choices_text: the same in words.
+    """
+
+    id: str
+    inputs: np.ndarray
+    choices: tuple[np.ndarray, ...]
+    label: int | None
+    references: tuple[str, ...]
+    inputs_text: str
+    choices_text: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationSet:
+    """The examples of one task, a dataset in the words of one prompt.
+
+    Attributes:
+      info: dataset, prompt and collection.
+      split: where they come from.
+      examples: in the order of the source, or a sample.
+      metric: `metric.function(truths, predictions)` gives values and standard errors.
+      vocabulary: of targets; decodes what is generated.
+      start_id: the token that every sequence starts with.
+      truncation: the rule by which inputs were cut.
+      cut_inputs, cut_targets: how many examples had inputs, or a choice, over the length.
+    """
+
+    info: registry.TaskInfo
+    split: str
+    examples: tuple[EvaluationExample, ...]
+    metric: Metric
+    vocabulary: seqio.Vocabulary
+    start_id: int
+    truncation: str
+    cut_inputs: int
+    cut_targets: int
+
+    @property
+    def truths(self) -> list[int] | list[tuple[str, ...]]:
+        """What the metric compares predictions with."""
+        return [each.label if self.metric.is_ranked else each.references for each in self.examples]
+
+    @property
+    def chance(self) -> float | None:
+        """Accuracy of guessing; None where answers are generated."""
+        if not self.metric.is_ranked:
+            return None
+        return float(np.mean([1 / len(each.choices) for each in self.examples]))
+
+    @property
+    def majority(self) -> float | None:
+        """Accuracy of always giving the most frequent answer, in words; None where answers are generated."""
+        if not self.metric.is_ranked:
+            return None
+        answers = collections.Counter(each.choices_text[each.label] for each in self.examples)
+        return max(answers.values()) / len(self.examples)
+
+
+def evaluation_set(
+    task: str,
+    *,
+    lengths: Lengths,
+    split: str = "validation",
+    limit: int | None = None,
+    seed: int = 0,
+    truncation: str = "end",
+) -> EvaluationSet:
+    """The examples of a registered task of ours.
+
+    Args:
+      task: a name, not of a mixture (`registry.task_names` gives the tasks of one).
+      lengths: of inputs and targets.
+      split: the split.
+      limit: take so many, a sample that the seed decides; None: all, in order.
+      seed: of the sample.
+      truncation: see `packing.truncate`.
+
+    Raises:
+      ValueError: for an unknown task, a split that it lacks, or no example.
+    """
+    (name,) = registry.task_names(task)
+    info = registry.task_infos()[name]
+    provider = seqio.TaskRegistry.get(name)
+    if split not in provider.splits:
+        raise ValueError(f"{name} has no split {split!r}; it has {', '.join(provider.splits)}")
+    dataset = provider.get_dataset(
+        sequence_length=None, split=split, shuffle=limit is not None, seed=seed
+    )
+    metric = METRICS[info.dataset.metric]
+    target = provider.output_features["targets"]
+    cut = collections.Counter()
+    examples = []
+    for features in dataset.take(-1 if limit is None else limit).as_numpy_iterator():
+        choices_text = _texts(features["choices"])
+        ends = [target.vocabulary.eos_id] if target.add_eos else []
+        choices = [
+            np.array([*target.vocabulary.encode(each), *ends], np.int32) for each in choices_text
+        ]
+        parts = [
+            truncate(features["inputs"], tokens, lengths=lengths, rule=truncation)
+            for tokens in choices or [features["targets"]]
+        ]
+        cut.update({part for each in parts for part in each.cut})
+        examples.append(
+            EvaluationExample(
+                id=features["id"].decode("utf-8"),
+                inputs=parts[0].inputs,
+                choices=tuple(part.targets for part in parts) if choices else (),
+                label=int(features["label"]) if choices else None,
+                references=_texts(features["references"]),
+                inputs_text=features["inputs_pretokenized"].decode("utf-8"),
+                choices_text=choices_text,
+            )
+        )
+    if not examples:
+        raise ValueError(f"{name} has no {split} example")
+    return EvaluationSet(
+        info=info,
+        split=split,
+        examples=tuple(examples),
+        metric=metric,
+        vocabulary=target.vocabulary,
+        start_id=vocabularies.start_id(provider.output_features["inputs"].vocabulary),
+        truncation=truncation,
+        cut_inputs=cut["inputs"],
+        cut_targets=cut["targets"],
+    )
+
+
+def _texts(strings: Sequence[bytes]) -> tuple[str, ...]:
+    return tuple(each.decode("utf-8") for each in strings)
