@@ -26,6 +26,10 @@ INSTALL_REQUIRES = [
     "tqdm>=4.67.1",  # the oldest that mergekit 0.1.5 (extra `peers`) accepts too
     # Tasks. Imported by tasks/ only.
     "seqio>=0.0.20",
+    "datasets>=5.2",  # Parquet of the Hugging Face hub; from 4 on it runs no scripts, and none is asked for
+    "tokenizers>=0.23",  # tokenizer.json
+    "rouge-score>=0.1.2",
+    "sacrebleu>=2.6",
     "tensorboard>=2.21.0",  # seqio's logger imports it; TensorFlow 2.21 no longer depends on it
 ]
 
@@ -39,7 +43,6 @@ TEST = [
     # What makes the real checkpoints of the tests.
     "gguf>=0.19.0",
     "safetensors>=0.8.0",
-    "tokenizers>=0.23",
 ]
 
 # One set that resolves together. Exact where a result of theirs is compared bit for bit or timed.
@@ -82,6 +85,14 @@ setup(
         "peers": PEERS,
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda12]>=0.10.2"],
+        # P3's own prompts, with `pip install --no-deps --ignore-requires-python promptsource`: 0.2.3 declares Python below 3.10
+        # and pins a season of 2021, but what is used of it runs.
+        "p3": [
+            "jinja2",
+            "pyyaml",
+            "requests",
+            "setuptools<82",
+        ],  # it imports pkg_resources, gone from 82
         "gcs": ["gcsfs"],  # etils.epath reads gs:// through it; tensorstore has its own client
         "t5x": T5X,
     },

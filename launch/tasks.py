@@ -98,9 +98,9 @@ def configured(
 
     macros = {"VOCABULARY": vocabulary, "LOCAL_DATA": local_data}
     short = [f"{name} = {value!r}" for name, value in macros.items() if value is not None]
-    gin_config.register(tasks.register)
+    gin_config.register(tasks.register, name="register")
     gin_config.parse([RUN_FILE, *files], [*short, *bindings], search_paths=search_paths)
-    return dict(gin_config.resolve(tasks.register).arguments)
+    return dict(gin_config.resolve(tasks.register, name="register").arguments)
 
 
 # ---- the listing ------------------------------------------------------------------------------------------------

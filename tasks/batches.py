@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -141,7 +142,7 @@ class StreamedBatches:
             epoch, first = self.position["epoch"], self.position["example"]
             if self._reader is None:
                 self._reader = self.stream.take(epoch, first)
-            examples = (each for each, _ in zip(self._reader, range(self.chunk), strict=False))
+            examples = itertools.islice(self._reader, self.chunk)
             rows = list(packing.pack(examples, length=self.stream.lengths.row))
             order = np.random.default_rng([self.stream.seed, epoch, first]).permutation(len(rows))
             self._rows = [rows[number] for number in order]

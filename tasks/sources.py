@@ -157,16 +157,14 @@ def _parquet(source: HuggingFace, split: str) -> Sequence[Row]:
 def _json_lines(source: JsonLines, split: str, folder: pathlib.Path) -> Sequence[Row]:
     pattern = source.files if isinstance(source.files, str) else source.files[split]
     found = []
-    for row in (row for file in _found(folder, pattern) for row in _objects(file)):
+    for row in (row for file in _found(folder, pattern) for row in _objects(file, source.columns)):
         if isinstance(source.files, str) and row.get("split") != split:
             continue
-        if source.columns is not None:
-            row = {**row, **row.pop(source.columns)}
         found.append(row)
     return found
 
 
-def _objects(file: pathlib.Path) -> Iterator[dict[str, Any]]:
+def _objects(file: pathlib.Path, columns: str | None) -> Iterator[dict[str, Any]]:
     is_gzipped = file.suffix == ".gz"
     number = 0
     with gzip.open(file, "rb") if is_gzipped else file.open("rb") as lines:
@@ -177,7 +175,11 @@ def _objects(file: pathlib.Path) -> Iterator[dict[str, Any]]:
                     row = json.loads(line)
                     if not isinstance(row, dict):
                         raise ValueError(f"found {type(row).__name__}, wanted an object")
+                    if columns is not None:
+                        if columns not in row:
+                            raise ValueError(f"there is no {columns!r} in it")
+                        row |= row.pop(columns)
                     yield row
         except (ValueError, EOFError, gzip.BadGzipFile) as error:
             where = f"{file}, line {max(number, 1)}"
-            raise ValueError(f"{where} can't be read as JSON: {error}") from error
+            raise ValueError(f"{where} can't be read as a row: {error}") from error

@@ -95,8 +95,20 @@ def test_the_library_brings_in_no_framework_but_jax(module: str):
     assert not loaded & {"tensorflow", "seqio", "gin", "torch", "launch", "tasks"}
 
 
+@pytest.mark.parametrize("module", ["tasks", "tasks.catalog", "tasks.metrics", "tasks.packing"])
+def test_tasks_are_described_without_tensorflow(module: str):
+    assert not modules_after(f"import {module}") & {
+        "tensorflow",
+        "seqio",
+        "jax",
+        "datasets",
+        "merging",
+    }
+
+
 @pytest.mark.parametrize(
-    "module", ["launch.merge", "launch.convert", "launch.quickstart", "launch.pod.local"]
+    "module",
+    ["launch.merge", "launch.convert", "launch.quickstart", "launch.pod.local", "launch.tasks"],
 )
 def test_an_entry_point_prints_its_help_without_jax(module: str):
     assert not modules_after(f"import {module}") & {
