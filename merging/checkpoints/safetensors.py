@@ -348,9 +348,8 @@ class Writer:
             with self._lock:
                 self._raise_disk_errors()
                 if shard.sink is None:
-                    sink = ByteSink(shard.path)
-                    sink.write(0, memoryview(shard.header))
-                    shard.sink = sink
+                    shard.sink = ByteSink(shard.path)  # known before its header fails to be written
+                    shard.sink.write(0, memoryview(shard.header))
         return shard.sink
 
     def _close(self, shard: _Shard) -> None:

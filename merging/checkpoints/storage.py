@@ -217,10 +217,10 @@ class ByteSink:
         with self._lock:
             self.nbytes += len(data)
             start, end = self._dirty or (offset, offset)
-            self._dirty = [min(start, offset), max(end, offset + len(data))]
+            start, end = min(start, offset), max(end, offset + len(data))
             if end - start < _WRITEBACK_BYTES:
+                self._dirty = [start, end]
                 return
-            start, end = self._dirty
             self._dirty = []
         start_writeback(self._descriptor, start, end - start)
 
@@ -230,6 +230,7 @@ class ByteSink:
             assert not self._waiting, f"{self.path} lacks the bytes from {self._at} on"
             if self._descriptor is not None:
                 os.fsync(self._descriptor)
+                self._descriptor = -1  # any later write is EBADF, not into another file
 
     def discard(self) -> None:
         """Removes the file, whatever state it is in."""

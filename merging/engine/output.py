@@ -33,7 +33,9 @@ class Output:
         self.writer.write(name, piece.index, merged.reshape(piece.shape))
         with self._lock:
             of_leaf = self.checksums.setdefault(name, {})
-            of_leaf[box_text(piece.index)] = f"{checksum:08x}"
+            box = box_text(piece.index)
+            assert box not in of_leaf, f"{name}: box {box} was written twice"
+            of_leaf[box] = f"{checksum:08x}"
             self.nbytes += merged.nbytes
 
 

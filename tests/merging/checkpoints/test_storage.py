@@ -1,0 +1,152 @@
+"""Files written by ranges hold the same bytes whatever the order; reading is tested through test_safetensors.py."""
+
+import concurrent.futures
+import errno
+import os
+import random
+import threading
+
+import numpy as np
+import pytest
+
+from merging.checkpoints import storage
+from merging.checkpoints.storage import ByteSink
+
+CONTENT = np.random.default_rng(0).bytes(1000)
+
+
+@pytest.fixture(params=["local", "remote"])
+def path(request, tmp_path, monkeypatch):
+    """Of a file on disk, and of one that is written as on object storage, by appending only."""
+    if request.param == "remote":
+        monkeypatch.setattr(storage, "is_local", lambda path: False)
+    return tmp_path / "file"
+
+
+def pieces(count):
+    """(offset, bytes) that make up CONTENT, of unequal sizes, in order."""
+    ends = [
+        0,
+        *sorted(random.Random(count).sample(range(1, len(CONTENT)), count - 1)),
+        len(CONTENT),
+    ]
+    return [(a, memoryview(CONTENT)[a:b]) for a, b in zip(ends, ends[1:], strict=False)]
+
+
+def test_any_order_gives_the_same_bytes(path):
+    for order in (list, lambda p: p[::-1], lambda p: random.Random(0).sample(p, len(p))):
+        sink = ByteSink(path)
+        for offset, data in order(pieces(40)):
+            sink.write(offset, data)
+        assert sink.nbytes == len(CONTENT)
+        sink.close()
+        assert path.read_bytes() == CONTENT
+
+
+def test_threads_write_at_once(path):
+    sink, together = ByteSink(path), threading.Barrier(4)
+
+    def write(mine):
+        together.wait()
+        for offset, data in mine:
+            sink.write(offset, data)
+
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        for share in [threads.submit(write, pieces(400)[i::4]) for i in range(4)]:
+            share.result()
+    assert sink.nbytes == len(CONTENT)
+    sink.close()
+    assert path.read_bytes() == CONTENT
+
+
+def test_what_was_there_is_gone(path):
+    path.write_bytes(bytes(5000))
+    sink = ByteSink(path)
+    sink.write(0, memoryview(CONTENT))
+    sink.close()
+    assert path.read_bytes() == CONTENT
+
+
+def test_the_callers_buffer_may_be_used_again(path):
+    sink, buffer = ByteSink(path), bytearray(b"late!")
+    sink.write(5, memoryview(buffer))
+    buffer[:] = b"early"
+    sink.write(0, memoryview(buffer))
+    sink.close()
+    assert path.read_bytes() == b"earlylate!"
+
+
+def test_object_storage_is_appended_to_only(tmp_path, monkeypatch):
+    """What comes too early waits, and an object with a gap is never passed off as whole."""
+    monkeypatch.setattr(storage, "is_local", lambda path: False)
+    monkeypatch.setattr(os, "pwrite", None)
+    sink = ByteSink(tmp_path / "file")
+    sink.write(0, memoryview(b"ab"))
+    sink.write(4, memoryview(b"ef"))
+    assert sink.nbytes == 4
+    with pytest.raises(AssertionError, match="file lacks the bytes from 2 on"):
+        sink.close()
+    assert (tmp_path / "file").read_bytes() == b"ab"
+    sink.discard()
+
+
+def test_discard_removes_the_file_in_any_state(path):
+    for state in ("empty", "begun", "closed", "discarded"):
+        sink = ByteSink(path)
+        if state != "empty":
+            sink.write(3, memoryview(CONTENT))
+        if state == "closed":
+            sink.write(0, memoryview(b"abc"))
+            sink.close()
+        if state == "discarded":
+            sink.discard()
+        assert path.exists() == (state != "discarded")
+        sink.discard()
+        assert not path.exists()
+
+
+def test_short_writes_go_on(tmp_path, monkeypatch):
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:7], at))
+    sink = ByteSink(tmp_path / "file")
+    for offset, data in reversed(pieces(10)):
+        sink.write(offset, data)
+    sink.close()
+    assert (tmp_path / "file").read_bytes() == CONTENT
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+def test_a_full_disk_is_named(path):
+    path.symlink_to("/dev/full")
+    sink = ByteSink(path)
+    with pytest.raises(OSError, match=f"No space left on device: '{path}'") as error:
+        sink.write(0, memoryview(CONTENT))
+        sink.close()
+    assert error.value.errno == errno.ENOSPC
+    sink.discard()
+    assert not path.is_symlink()
+
+
+def test_a_file_that_can_not_be_made_is_named(path):
+    path = path / "in" / "no" / "folder"
+    with pytest.raises(FileNotFoundError, match=f"No such file or directory: '{path}'"):
+        ByteSink(path)
+
+
+@pytest.mark.parametrize("order", [list, lambda p: p[::-1]], ids=["in order", "backwards"])
+def test_writeback_begins_early_and_leaves_little_for_the_end(tmp_path, monkeypatch, order):
+    asked = []
+    monkeypatch.setattr(storage, "_WRITEBACK_BYTES", 100)
+    monkeypatch.setattr(
+        storage, "start_writeback", lambda fd, offset, nbytes: asked.append((offset, nbytes))
+    )
+    sink = ByteSink(tmp_path / "file")
+    largest = max(len(data) for _, data in pieces(40))
+    for offset, data in order(pieces(40)):
+        sink.write(offset, data)
+    ranges = order(asked)
+    assert all(100 <= nbytes < 100 + 2 * largest for _, nbytes in asked)
+    assert all(a + n == b for (a, n), (b, _) in zip(ranges, ranges[1:], strict=False))
+    assert len(CONTENT) - sum(nbytes for _, nbytes in asked) < 100 + largest
+    sink.close()
+    assert (tmp_path / "file").read_bytes() == CONTENT
