@@ -3,10 +3,12 @@ r"""Shows what is in a checkpoint, how it was made, and how two checkpoints diff
   python -m launch.show /data/merged
   python -m launch.show /data/merged --norms --leaves='*mlp*'
   python -m launch.show /data/base /data/merged
+  python -m launch.show /data/merged --verify
 
 Leaves with shape, dtype and bytes, from headers alone; with --norms L2 norms, largest magnitudes and how many elements
 are NaN or infinite, which reads everything once. Two checkpoints are compared leaf by leaf, second minus first, and
-leaves that are equal in every element are only counted.
+leaves that are equal in every element are only counted. --verify reads what this program wrote again and compares it
+with the checksums of the manifest, piece by piece; the exit code is 1 where any differs.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ if TYPE_CHECKING:  # the library brings jax, which --help does without
     from merging.checkpoints.inspect import Difference
 
 NORMS = flags.DEFINE_bool("norms", False, "Norms and numbers of non-finite elements of each leaf.")
+VERIFY = flags.DEFINE_bool("verify", False, "Read everything again and compare checksums.")
 LEAVES = flags.DEFINE_string(
     "leaves",
     "*",
@@ -42,7 +45,11 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError(f"name one checkpoint or two; found {len(argv) - 1}")
     try:
         for line in shown(
-            argv[1:], leaves=LEAVES.value, stacked=STACKED.value, has_norms=NORMS.value
+            argv[1:],
+            leaves=LEAVES.value,
+            stacked=STACKED.value,
+            has_norms=NORMS.value,
+            is_verified=VERIFY.value,
         ):
             print(line, flush=True)
     except (ValueError, OSError) as error:
@@ -52,7 +59,12 @@ def main(argv: Sequence[str]) -> None:
 
 
 def shown(
-    paths: Sequence[str], *, leaves: str = "*", stacked: Sequence[str] = (), has_norms: bool = False
+    paths: Sequence[str],
+    *,
+    leaves: str = "*",
+    stacked: Sequence[str] = (),
+    has_norms: bool = False,
+    is_verified: bool = False,
 ) -> Iterator[str]:
     """The lines to print, as they become known; arguments as the flags."""
     from merging.checkpoints import inspect, open_checkpoint
@@ -61,6 +73,8 @@ def shown(
 
     if has_norms and len(paths) > 1:
         raise ValueError("--norms is of one checkpoint: a difference has norms of its own")
+    if is_verified and len(paths) > 1:
+        raise ValueError("--verify is of one checkpoint")
     patterns = Stacked(dict(_pattern(item) for item in stacked))
     readers, specs = [], []
     with contextlib.ExitStack() as opened:
@@ -74,6 +88,8 @@ def shown(
                 yield from _leaves(readers[0], specs[0], has_norms=has_norms)
             yield _total(specs[-1])
             yield from _made(how)
+            if is_verified:
+                yield from _verified(readers[-1], how)
         if len(paths) == 2:
             yield from _difference(*readers, *specs)
 
@@ -93,6 +109,27 @@ def _leaves(reader: Reader, specs: Mapping[str, LeafSpec], *, has_norms: bool) -
         yield numbers + _leaf(specs[each.name])
     total = inspect.total_contents(found)
     yield row(f"{total.norm:.6g}", f"{total.largest:.6g}", f"{total.not_finite:,}") + "  all leaves"
+
+
+def _verified(reader: Reader, how: Mapping[str, Any]) -> Iterator[str]:
+    """Raises ValueError after the last line if anything differs."""
+    from merging.checkpoints import checksums
+
+    if "checksums" not in how:
+        raise ValueError(
+            f"{reader.location} has no manifest with checksums: only what this program wrote can be verified"
+        )
+    nbytes = pieces = wrong = 0
+    for read, problem in checksums.verify(reader, how["checksums"]):
+        nbytes, pieces, wrong = nbytes + read, pieces + 1, wrong + (problem is not None)
+        if problem is not None:
+            yield f"DIFFERS  {problem}"
+    if wrong:
+        raise ValueError(
+            f"{reader.location}: {wrong} of {pieces} pieces are not what was written: make it again, or fetch it from a"
+            " good copy"
+        )
+    yield f"verified {nbytes:,} bytes in {pieces} pieces: all are what was written"
 
 
 def _difference(

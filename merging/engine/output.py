@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 
 import numpy as np
-from crc32c import crc32c
 
-from merging.checkpoints.format import Index, Writer
+from merging.checkpoints.checksums import box_text, checksum
+from merging.checkpoints.format import Writer
 from merging.engine.pieces import Piece
 
 
@@ -15,8 +15,7 @@ class Output:
     """One merge's output. Thread-safe.
 
     Attributes:
-      checksums: {leaf: {box: crc32c}}, as the manifest has them: the box as `0:128,0:960`, the checksum of its bytes in C
-        order as 8 hex digits.
+      checksums: {leaf: {box: crc32c}}, as the manifest has them; see `checkpoints.checksums`.
       nbytes: of the data written.
     """
 
@@ -29,19 +28,14 @@ class Output:
     def put(self, piece: Piece, merged: np.ndarray) -> None:
         """`merged`: as many elements as the piece has, in the leaf's output dtype."""
         name = piece.tensor.leaf.name
-        checksum = crc32c(merged.reshape(-1).view(np.uint8))
+        found = checksum(merged)
         self.writer.write(name, piece.index, merged.reshape(piece.shape))
         with self._lock:
             of_leaf = self.checksums.setdefault(name, {})
             box = box_text(piece.index)
             assert box not in of_leaf, f"{name}: box {box} was written twice"
-            of_leaf[box] = f"{checksum:08x}"
+            of_leaf[box] = found
             self.nbytes += merged.nbytes
-
-
-def box_text(index: Index) -> str:
-    """`0:128,0:960`; empty for a scalar."""
-    return ",".join(f"{part.start}:{part.stop}" for part in index)
 
 
 def is_finite(array: np.ndarray) -> bool:
