@@ -161,6 +161,7 @@ class HuggingFaceVocabulary(seqio.Vocabulary):
         tokenizer = tokenizers.Tokenizer.from_str(self._text)
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True  # as the letters that they are written with
         return tokenizer
 
     @functools.cached_property
@@ -229,10 +230,11 @@ class HuggingFaceVocabulary(seqio.Vocabulary):
 
 
 def _encode_in_python(vocabulary: seqio.Vocabulary, s: tf.Tensor) -> tf.Tensor:
-    def encode(text: bytes) -> np.ndarray:
+    def encode(text: bytes | np.ndarray) -> np.ndarray:
+        text = np.asarray(text, object).item()  # bytes within tf.data, an array of them outside
         return np.asarray(vocabulary.encode(text.decode("utf-8")), np.int32)
 
-    tokens = tf.numpy_function(encode, [s], tf.int32, stateful=False)
+    tokens = tf.numpy_function(encode, [tf.convert_to_tensor(s)], tf.int32, stateful=False)
     tokens.set_shape([None])
     return tokens
 
