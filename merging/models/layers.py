@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -45,7 +46,35 @@ class Linear(nn.Module):
             (*x.shape[-self.over :], *self.features),
             self.param_dtype,
         )
-        return jnp.tensordot(x.astype(self.dtype), kernel.astype(self.dtype), self.over)
+        return _product(x.astype(self.dtype), kernel.astype(self.dtype), self.over)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x: Array, kernel: Array, over: int) -> Array:
+    """jnp.tensordot(x, kernel, over), whose kernel gradient is computed in the kernel's own orientation.
+
+    Autodiff computes it transposed. XLA:CPU then writes the gradient of what follows transposed too, element by element,
+    which took a quarter of a backward pass.
+    """
+    return jnp.tensordot(x, kernel, over)
+
+
+def _product_forward(x: Array, kernel: Array, over: int) -> tuple[Array, tuple[Array, Array]]:
+    return _product(x, kernel, over), (x, kernel)
+
+
+def _product_backward(
+    over: int, saved: tuple[Array, Array], gradient: Array
+) -> tuple[Array, Array]:
+    x, kernel = saved
+    rows = tuple(range(x.ndim - over))
+    outputs = tuple(range(over, kernel.ndim)), tuple(range(x.ndim - over, gradient.ndim))
+    of_x = jax.lax.dot_general(gradient, kernel, ((outputs[1], outputs[0]), ((), ())))
+    of_kernel = jax.lax.dot_general(x, gradient, ((rows, rows), ((), ())))
+    return of_x, of_kernel
+
+
+_product.defvjp(_product_forward, _product_backward)
 
 
 class TokenEmbedder(nn.Module):
