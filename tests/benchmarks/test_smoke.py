@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 import subprocess
 import sys
@@ -33,3 +34,28 @@ def test_many_and_memory(tmp_path: pathlib.Path):
     printed = run(tmp_path, "--many", "--memory", *flags)
     assert printed.count("| yes |") == 10  # the same bits at once and alone
     assert "\n| 1 M x 1 | averaging | " in printed
+
+
+def test_train(tmp_path: pathlib.Path):
+    sizes = {
+        "model_type": "llama",
+        "vocab_size": 128,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 64,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    flags = ("--rows=2", "--length=8", "--runs=1", "--dtypes=float32", "--no_peer")
+    command = [sys.executable, "-m", "tests.benchmarks.train", f"--checkpoint={tmp_path}", *flags]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "\n| float32 | forward | " in done.stdout
+    assert "step / forward: float32 here " in done.stdout

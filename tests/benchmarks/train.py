@@ -5,7 +5,8 @@
 
 A llama in the checkpoint's sizes with random weights, on random tokens, the same for both. A forward pass ends with the
 mean cross entropy, a step is that, its gradients and AdamW's update. Both are compiled or warm before they are
-timed, the two programs take turns in one process, and medians are printed as a Markdown table. In bfloat16 parameters,
+timed, the two programs take turns, each a process of its own that waits in between, and medians are printed as a Markdown
+table; what is going on goes to stderr. In bfloat16 parameters,
 activations and gradients are bfloat16 in both. The ratio step / forward is 3 where gradients cost twice their forward pass and
 the optimizer nothing.
 """
@@ -13,12 +14,15 @@ the optimizer nothing.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import os
 import pathlib
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -34,46 +38,79 @@ from merging.training.optimizer import adamw
 from merging.training.step import init_state, train_step
 
 LEARNING_RATE = 1e-5
-
-
-def main() -> None:
-    arguments = parse()
-    tokens = np.random.default_rng(0).integers(
-        1, 1000, (arguments.rows, arguments.length + 1), dtype=np.int32
-    )
-    count = arguments.rows * arguments.length
-    print("| dtype | pass | here tokens/s | PyTorch tokens/s | here / PyTorch |")
-    print("|---|---|---:|---:|---:|")
-    ratios = []
-    for dtype in arguments.dtypes.split(","):
-        passes = {"here": ours(arguments.checkpoint, arguments.layers, dtype, tokens)}
-        if not arguments.no_peer:
-            passes["PyTorch"] = pytorch(arguments.checkpoint, arguments.layers, dtype, tokens)
-        seconds = alternate(passes, runs=arguments.runs)
-        for name in ("forward", "step"):
-            here, peer = (seconds.get((who, name)) for who in ("here", "PyTorch"))
-            told = ("-", "-") if peer is None else (f"{count / peer:.0f}", f"{peer / here:.2f}")
-            print(f"| {dtype} | {name} | {count / here:.0f} | {told[0]} | {told[1]} |", flush=True)
-        for who in passes:
-            ratio = seconds[who, "step"] / seconds[who, "forward"]
-            ratios.append(f"{dtype} {who} {ratio:.2f}")
-    print(f"\nstep / forward: {', '.join(ratios)}")
-
+PASSES = ("forward", "step")
 
 Passes = Mapping[str, Callable[[], None]]
 
 
-def alternate(passes: Mapping[str, Passes], *, runs: int) -> dict[tuple[str, str], float]:
+def main() -> None:
+    arguments = parse()
+    if arguments.serve:
+        serve(PROGRAMS[arguments.serve], arguments)
+        return
+    count = arguments.rows * arguments.length
+    names = ["here"] if arguments.no_peer else ["here", "PyTorch"]
+    print("| dtype | pass | here tokens/s | PyTorch tokens/s | here / PyTorch |")
+    print("|---|---|---:|---:|---:|")
+    ratios = []
+    for dtype in arguments.dtypes.split(","):
+        with contextlib.ExitStack() as stack:
+            servers = {name: stack.enter_context(server(name, dtype)) for name in names}
+            seconds = alternate(servers, runs=arguments.runs)
+        for one in PASSES:
+            here, peer = (seconds.get((who, one)) for who in ("here", "PyTorch"))
+            told = ("-", "-") if peer is None else (f"{count / peer:.0f}", f"{peer / here:.2f}")
+            print(f"| {dtype} | {one} | {count / here:.0f} | {told[0]} | {told[1]} |", flush=True)
+        for who in names:
+            ratios.append(f"{dtype} {who} {seconds[who, 'step'] / seconds[who, 'forward']:.2f}")
+    print(f"\nstep / forward: {', '.join(ratios)}")
+
+
+def alternate(
+    servers: Mapping[str, subprocess.Popen[str]], *, runs: int
+) -> dict[tuple[str, str], float]:
     """Median seconds of each pass of each program, run in turns after one turn that is not counted."""
     seconds: dict[tuple[str, str], list[float]] = {}
     for turn in range(runs + 1):
-        for who, named in passes.items():
-            for name, call in named.items():
-                started = time.perf_counter()
-                call()
+        for one in PASSES:
+            for who, process in servers.items():
+                print(one, file=process.stdin, flush=True)
+                answer = process.stdout.readline()
+                if not answer:
+                    sys.exit(f"{who} failed: see above")
+                print(f"turn {turn}: {who} {one} {float(answer):.2f} s", file=sys.stderr)
                 if turn:
-                    seconds.setdefault((who, name), []).append(time.perf_counter() - started)
+                    seconds.setdefault((who, one), []).append(float(answer))
     return {key: statistics.median(each) for key, each in seconds.items()}
+
+
+@contextlib.contextmanager
+def server(name: str, dtype: str) -> Iterator[subprocess.Popen[str]]:
+    """A process that runs a pass of one program whenever it is told to, and answers with its seconds."""
+    command = [sys.executable, "-m", "tests.benchmarks.train", *sys.argv[1:]]
+    process = subprocess.Popen(
+        [*command, f"--serve={name}", f"--dtypes={dtype}"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.stdin.close()
+        process.wait()
+
+
+def serve(make: Callable[..., Passes], arguments: argparse.Namespace) -> None:
+    """Runs the passes named on stdin, and prints the seconds of each."""
+    tokens = np.random.default_rng(0).integers(
+        1, 1000, (arguments.rows, arguments.length + 1), dtype=np.int32
+    )
+    passes = make(arguments.checkpoint, arguments.layers, arguments.dtypes, tokens)
+    for line in sys.stdin:
+        started = time.perf_counter()
+        passes[line.strip()]()
+        print(time.perf_counter() - started, flush=True)
 
 
 def ours(checkpoint: pathlib.Path, layers: int | None, dtype: str, tokens: np.ndarray) -> Passes:
@@ -139,6 +176,9 @@ def pytorch(checkpoint: pathlib.Path, layers: int | None, dtype: str, tokens: np
     return {"forward": forward, "step": step}
 
 
+PROGRAMS: Mapping[str, Callable[..., Passes]] = {"here": ours, "PyTorch": pytorch}
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -151,6 +191,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="default the checkpoint's")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--no_peer", action="store_true", help="without PyTorch")
     return parser.parse_args()
 
