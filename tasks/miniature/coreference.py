@@ -38,10 +38,13 @@ def gaps(world: World, draw: Draw, index: int) -> dict:
         named = same_gender(draw, 2)
         sentence, meant = reasoned(draw, named)
     else:
-        sentence, named, meant = handled(draw)
-        sentence = sentence.replace("{x}", "the {x}")
+        sentence, things, meant = handled(draw)
+        named = [f"the {thing}" for thing in things]
+    begun, rest = sentence.split(" {x}")
     return {
         "sentence": sentence.format(x="_"),
+        "begun": begun,
+        "rest": rest,
         "choices": draw.placed(named[meant], [named[1 - meant]], label),
         "label": label,
     }

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from tasks.miniature.coreference import handled
+from tasks.miniature.coreference import handled, reasoned
 from tasks.miniature.draws import Draw, split_of
 from tasks.miniature.events import CAUSES, COMPARISONS, CONVERSES, REASONS, SENSES
+from tasks.miniature.inference import NO, YES, asked, of_kind, placed, related
 from tasks.miniature.lexicon import (
     DAYS,
     DOINGS,
@@ -193,7 +194,31 @@ def chain(world: World, draw: Draw) -> str:
     forms = draw.pick(COMPARISONS)
     a, b, c = draw.some(PEOPLE, 3)
     lines = draw.shuffled([draw.pick(forms).format(a=x, b=y) for x, y in ((a, b), (b, c))])
-    return told([*lines, f"so {draw.pick(forms).format(a=a, b=c)}"])
+    true = draw.heads()
+    said = draw.pick(forms).format(a=a, b=c)
+    if true and draw.heads():
+        return told([*lines, f"so {said}"])
+    turned = draw.pick(forms).format(a=c, b=a)
+    answer = "yes" if true else "no"
+    return told([*lines, asked(said if true else turned), f"{answer}, {said}"])
+
+
+def truth(world: World, draw: Draw) -> str:
+    """Somebody says something, somebody what follows or does not, and the first whether it is so."""
+    label = draw.pick((YES, NO))
+    lines, claim = draw.pick((related, placed, of_kind, because))(draw, label)
+    one, two = draw.some(STRANGERS, 2)
+    verdict_ = ("yes, that is true", "no, that is false")[label]
+    return told([*lines[:-1], f"{one}: {lines[-1]}", f"{two}: so {claim}", f"{one}: {verdict_}"])
+
+
+def because(draw: Draw, label: int) -> tuple[list[str], str]:
+    """Who did what to whom and why, with a pronoun, and of whom the reason speaks."""
+    people = same_gender(draw, 2)
+    sentence, meant = reasoned(draw, people)
+    why = sentence.split("{x} ")[1]
+    person = people[meant if label == YES else 1 - meant]
+    return [sentence.format(x=pronoun(person))], f"{person} {why}"
 
 
 def cause(world: World, draw: Draw) -> str:
@@ -392,10 +417,11 @@ SHARES: dict[Writer, int] = {
     put_away: 4,
     repeated: 3,
     echo: 3,
-    going: 2,
-    not_told: 1,
+    going: 3,
+    not_told: 2,
     other_side: 4,
     chain: 2,
+    truth: 4,
     cause: 2,
     reason: 3,
     using: 2,

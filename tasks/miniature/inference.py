@@ -22,9 +22,16 @@ def statements(world: World, draw: Draw, index: int) -> dict:
     return {
         "passage": told(passage),
         "statement": f"{statement}.",
+        "question": asked(statement),
         "round": f"r{round_ + 1}",
         "label": label,
     }
+
+
+def asked(statement: str) -> str:
+    """A statement with "is" as a question."""
+    subject, rest = statement.split(" is ", 1)
+    return f"is {subject} {rest}?"
 
 
 def told_places(draw: Draw, label: int) -> tuple[list[str], str]:

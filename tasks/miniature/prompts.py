@@ -190,6 +190,7 @@ PROMPTS: Mapping[str, Mapping[str, Ranked | Generated]] = {
         "text": Ranked(
             inputs="text: {passage} is it true to say: {statement} answer:", choices=YES_NO_MAYBE
         ),
+        "ask": Ranked(inputs="{passage} {question}", choices=YES_NO_MAYBE),
     },
     "entailment": {
         "is_true": Ranked(
@@ -208,12 +209,13 @@ PROMPTS: Mapping[str, Mapping[str, Ranked | Generated]] = {
         ),
     },
     "gaps": {
-        "who": Ranked(inputs="{sentence} who is _? answer:", choices="choices"),
+        "who": Ranked(inputs="{sentence} who or what is _? answer:", choices="choices"),
         "choose": Ranked(
-            inputs="{sentence} question: who is meant by _? choose: {listed}. answer:",
+            inputs="{sentence} question: what is meant by _? choose: {listed}. answer:",
             choices="choices",
         ),
-        "text": Ranked(inputs="text: {sentence} who is the word _? answer:", choices="choices"),
+        "text": Ranked(inputs="text: {sentence} which word is _? answer:", choices="choices"),
+        "go_on": Ranked(inputs="{begun}", choices=("{choices[0]}{rest}", "{choices[1]}{rest}")),
     },
     "senses": {
         "mean_the_same": Ranked(
