@@ -22,6 +22,7 @@ from tasks.miniature.lexicon import (
     TOWNS,
 )
 from tasks.miniature.sentences import told
+from tasks.miniature.structure import LOOKS
 from tasks.miniature.world import World
 
 
@@ -142,7 +143,7 @@ def naming(world: World, draw: Draw, index: int) -> dict:
     """The kind of a thing, among all kinds."""
     kinds = sorted(KINDS)
     label = index % len(kinds)
-    return {"thing": draw.pick(KINDS[kinds[label]]), "label": label}
+    return {"thing": f"{draw.pick(LOOKS)} {draw.pick(KINDS[kinds[label]])}", "label": label}
 
 
 MAKERS = {
