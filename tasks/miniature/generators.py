@@ -80,7 +80,10 @@ GENERATORS: dict[str, Generator] = {
 
 
 class Rows(Sequence[Row]):
-    """The rows of one split of one dataset, made when asked for; the same for the same (dataset, split, seed, index)."""
+    """The rows of one split of one dataset, made when asked for.
+
+    The same for the same (dataset, split, seed, index).
+    """
 
     def __init__(self, dataset: str, split: Split, seed: int, size: int) -> None:
         self._generator = GENERATORS[dataset]

@@ -1,7 +1,7 @@
 """Tasks in question form that belong to none of the twelve categories: what an instruction-tuned base has seen.
 
-They teach that a question wants an answer, that the answer is often a word of the question or of the passage, and how to
-say yes and no; none of them asks what a category of the study asks.
+They teach that a question wants an answer, that the answer is often a word of the question or of the passage, and
+how to say yes and no; none of them asks what a category of the study asks.
 """
 
 from __future__ import annotations
