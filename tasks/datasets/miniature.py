@@ -1,7 +1,9 @@
-"""The miniature: the study's categories in a world of our own, two datasets for each held-in one and seven held-out in all.
+"""The miniature.
 
-Beside them the instruction mixture's tasks and the corpus as plain text. The generators are in `tasks.miniature`; none of this is
-downloaded. What each stands for in the study (catalog.STUDY) is said in the table.
+The study's categories in a world of our own, two datasets for each held-in one and seven held-out in all.
+
+Beside them the instruction mixture's tasks and the corpus as plain text. The generators are in `tasks.miniature`;
+none of this is downloaded. What each stands for in the study (catalog.STUDY) is said in the table.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Who is meant? A pronoun that may stand for one person, and a gap that one of two people fills.
 
-The reason decides together with the verb and the side it is told from, or the verb with what it is done to; no word, order or name
-does alone.
+The reason decides together with the verb and the side it is told from, or the verb with what it is done to; no
+word, order or name does alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from tasks.miniature.world import World
 
 
 def pronouns(world: World, draw: Draw, index: int) -> dict:
-    """Yes or no: does the word mean this one? By gender, by the reason, and (half of the rows) by what one does with a thing."""
+    """Yes or no.
+
+    Does the word mean this one? By gender, by the reason, and (half of the rows) by what one does with a thing.
+    """
     label, by = index % 2, index // 2 % 4  # 0 yes, 1 no
     if by < 2:
         people = draw.shuffled([draw.pick(FEMALE), draw.pick(MALE)]) if by else same_gender(draw, 2)

@@ -1,8 +1,9 @@
 """Plain text of the world, to pretrain on: documents of some thirty words, each of one kind.
 
-Every fact is told, in several ways and orders, and every regularity that the datasets rest on is met: who has what from whom told
-from either side, causes and effects in either order, whom a reason speaks of, which meaning a word has where, what is of
-which kind. Some documents are talk, in which people ask and answer. No document is in the form of a dataset.
+Every fact is told, in several ways and orders, and every regularity that the datasets rest on is met: who has what
+from whom told from either side, causes and effects in either order, whom a reason speaks of, which meaning a word
+has where, what is of which kind. Some documents are talk, in which people ask and answer. No document is in the
+form of a dataset.
 """
 
 from __future__ import annotations
@@ -144,7 +145,10 @@ def repeated(world: World, draw: Draw) -> str:
 
 
 def echo(world: World, draw: Draw) -> str:
-    """A call and its echo, which teaches to look back for what came after a word, at the distance that sentences have."""
+    """A call and its echo, which teaches to look back for what came after a word.
+
+    At the distance that sentences have.
+    """
     items = draw.pick((PEOPLE, THINGS + PLACES, TOWNS + JOBS + FOODS))
     call = draw.pick((" ", ", ", " and ", " and the ")).join(draw.some(items, draw.pick((4, 5))))
     speakers = draw.some(PEOPLE, draw.pick((2, 3)))

@@ -17,7 +17,8 @@ class Summary:
 
     Attributes:
       labels: how often each position is right, of all rows; empty where answers are written.
-      majority: share of the rows that the most frequent answer gets right: of the answers, or of the positions, whichever
+      majority: share of the rows that the most frequent answer gets right: of the answers, or of the positions,
+      whichever
         is more; of the written answers where answers are written.
       chance: share that a random choice gets right; 0 where answers are written.
       distinct: share of the test rows that are not a repetition of another.

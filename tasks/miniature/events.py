@@ -1,7 +1,8 @@
 """What can be said of people and things in a sentence, and what follows from what.
 
-`CONVERSES` are relations that can be told from either side; `CAUSES` are states and what people do because of them; `REASONS`
-say which of two people a reason speaks of; `SENSES` are words that mean two things. The corpus tells all of them.
+`CONVERSES` are relations that can be told from either side; `CAUSES` are states and what people do because of them;
+`REASONS` say which of two people a reason speaks of; `SENSES` are words that mean two things. The corpus tells all
+of them.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ CAUSES = (
     ("was proud", "told the news"),
 )
 
-# What one did to another, told from either side, with a reason that is in the first person named, and one in the second.
+# What one did to another, told from either side, with a reason that lies in the one who did it, and one in the other.
 REASONS = (
     ("{a} fed {b}", "{b} was fed by {a}", "was kind", "was hungry"),
     ("{a} thanked {b}", "{b} was thanked by {a}", "had got help", "had given help"),
@@ -53,39 +54,184 @@ REASONS = (
     ("{a} nursed {b}", "{b} was nursed by {a}", "was good", "was ill"),
 )
 
-# A word, and for each of its two meanings what it is and where it is met. "the" stands in every place, and no two places
-# of a word share anything else: else shared words would tell that two places are of one meaning.
+# A word, and for each of its two meanings what it is and where it is met. "the" stands in every place, and no two
+# places of a word share anything else: shared words would tell that two places are of one meaning. Five places a
+# meaning: two of a meaning are never the same one, which a sum over words can use, the less the more places there are.
 SENSES = {
     "bat": (
-        ("an animal", ("the bat ate a fly", "an old bat slept in the barn", "the bat had wings", "the small bat came by night", "birds fear the bat")),
-        ("a stick", ("he hit the ball with this bat", "the team lost one bat", "she held the bat and won", "the bat is made of wood", "players share the bat")),
+        (
+            "an animal",
+            (
+                "the bat ate a fly",
+                "an old bat slept in the barn",
+                "the bat had wings",
+                "the small bat came by night",
+                "birds fear the bat",
+            ),
+        ),
+        (
+            "a stick",
+            (
+                "he hit the ball with this bat",
+                "the team lost one bat",
+                "she held the bat and won",
+                "the bat is made of wood",
+                "players share the bat",
+            ),
+        ),
     ),
     "bank": (
-        ("a shore", ("they sat on the bank", "a boat lay at the bank", "fish swam near the bank", "the bank by this river was wet", "flowers grow all along the bank")),
-        ("a shop for money", ("the bank paid him", "she works for the rich bank", "he took gold to the bank", "the bank has coins", "we keep money in the bank")),
+        (
+            "a shore",
+            (
+                "they sat on the bank",
+                "a boat lay at the bank",
+                "fish swam near the bank",
+                "the bank by this river was wet",
+                "flowers grow all along the bank",
+            ),
+        ),
+        (
+            "a shop for money",
+            (
+                "the bank paid him",
+                "she works for the rich bank",
+                "he took gold to the bank",
+                "the bank has coins",
+                "we keep money in the bank",
+            ),
+        ),
     ),
     "bark": (
-        ("a noise", ("the bark was loud", "he heard the bark", "a bark woke the cat", "the dog gave this bark", "all people fear the bark")),
-        ("the skin of a tree", ("the leaves and bark fell", "the bark burned in fire", "she cut the bark with his knife", "the bark is dry", "under the bark hid ten birds")),
+        (
+            "a noise",
+            (
+                "the bark was loud",
+                "he heard the bark",
+                "a bark woke the cat",
+                "the dog gave this bark",
+                "all people fear the bark",
+            ),
+        ),
+        (
+            "the skin of a tree",
+            (
+                "the leaves and bark fell",
+                "the bark burned in fire",
+                "she cut the bark with his knife",
+                "the bark is dry",
+                "under the bark hid ten birds",
+            ),
+        ),
     ),
     "ring": (
-        ("a jewel", ("she wore the ring of gold", "he lost the ring on monday", "the queen has a ring", "we saw the ring upon her hand", "the rich want this ring")),
-        ("a noise", ("they heard the ring", "one loud ring woke the dog", "the ring came from church", "all people know the ring", "the ring calls us to school")),
+        (
+            "a jewel",
+            (
+                "she wore the ring of gold",
+                "he lost the ring on monday",
+                "the queen has a ring",
+                "we saw the ring upon her hand",
+                "the rich want this ring",
+            ),
+        ),
+        (
+            "a noise",
+            (
+                "they heard the ring",
+                "one loud ring woke the dog",
+                "the ring came from church",
+                "all people know the ring",
+                "the ring calls us to school",
+            ),
+        ),
     ),
     "match": (
-        ("a game", ("the team won this match", "they kicked in the match", "players trained for the match", "we saw the match", "the match ended at night")),
-        ("a fire stick", ("she lit the lamp with a match", "the match was hot", "wet is the match and does not burn", "he broke the match", "the match gave us fire")),
+        (
+            "a game",
+            (
+                "the team won this match",
+                "they kicked in the match",
+                "players trained for the match",
+                "we saw the match",
+                "the match ended at night",
+            ),
+        ),
+        (
+            "a fire stick",
+            (
+                "she lit the lamp with a match",
+                "the match was hot",
+                "wet is the match and does not burn",
+                "he broke the match",
+                "the match gave us fire",
+            ),
+        ),
     ),
     "spring": (
-        ("a season", ("the flowers come in spring", "birds sing all the spring", "after the snow came spring", "the days grow warm by spring", "we plant the garden each spring")),
-        ("a place of water", ("he drank from the spring", "the spring runs to a river", "they filled cups at the spring", "the spring was dry", "cold is the water of this spring")),
+        (
+            "a season",
+            (
+                "the flowers come in spring",
+                "birds sing all the spring",
+                "after the snow came spring",
+                "the days grow warm by spring",
+                "we plant the garden each spring",
+            ),
+        ),
+        (
+            "a place of water",
+            (
+                "he drank from the spring",
+                "the spring runs to a river",
+                "they filled cups at the spring",
+                "the spring was dry",
+                "cold is the water of this spring",
+            ),
+        ),
     ),
     "seal": (
-        ("an animal", ("the seal swam in water", "a seal ate the fish", "one young seal slept on the sand", "the seal hid from him", "children fed the seal")),
-        ("a mark", ("the letter has this seal", "he broke the seal of wood", "she put her red seal to the page", "the seal was made by kings", "no seal held the box")),
+        (
+            "an animal",
+            (
+                "the seal swam in water",
+                "a seal ate the fish",
+                "one young seal slept on the sand",
+                "the seal hid from him",
+                "children fed the seal",
+            ),
+        ),
+        (
+            "a mark",
+            (
+                "the letter has this seal",
+                "he broke the seal of wood",
+                "she put her red seal to the page",
+                "the seal was made by kings",
+                "no seal held the box",
+            ),
+        ),
     ),
     "palm": (
-        ("a tree", ("the palm has leaves", "they sat in shade by the palm", "one palm grows near the sea", "the palm was tall", "birds rest upon the palm")),
-        ("a part of the hand", ("he held coins on the palm", "she read the palm of a man", "red is the palm from fire", "his palm hit the table", "we washed the palm with water")),
+        (
+            "a tree",
+            (
+                "the palm has leaves",
+                "they sat in shade by the palm",
+                "one palm grows near the sea",
+                "the palm was tall",
+                "birds rest upon the palm",
+            ),
+        ),
+        (
+            "a part of the hand",
+            (
+                "he held coins on the palm",
+                "she read the palm of a man",
+                "red is the palm from fire",
+                "his palm hit the table",
+                "we washed the palm with water",
+            ),
+        ),
     ),
-}  # fmt: skip
+}

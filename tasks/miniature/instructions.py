@@ -1,7 +1,7 @@
 """Tasks in question form that belong to none of the twelve categories: what an instruction-tuned base has seen.
 
-They teach that a question wants an answer, that the answer is often a word of the question or of the passage, and how to
-say yes and no; none of them asks what a category of the study asks.
+They teach that a question wants an answer, that the answer is often a word of the question or of the passage, and
+how to say yes and no; none of them asks what a category of the study asks.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from tasks.miniature.lexicon import (
     TOWNS,
 )
 from tasks.miniature.sentences import told
+from tasks.miniature.structure import LOOKS
 from tasks.miniature.world import World
 
 
@@ -142,7 +143,7 @@ def naming(world: World, draw: Draw, index: int) -> dict:
     """The kind of a thing, among all kinds."""
     kinds = sorted(KINDS)
     label = index % len(kinds)
-    return {"thing": draw.pick(KINDS[kinds[label]]), "label": label}
+    return {"thing": f"{draw.pick(LOOKS)} {draw.pick(KINDS[kinds[label]])}", "label": label}
 
 
 MAKERS = {

@@ -1,7 +1,8 @@
 """The things there are in the world, by their names, and the closed vocabulary.
 
-Every noun begins with a consonant, so that "a" is always right, and a word has one meaning, except those of senses.py.
-Text is lower-case with a space between any two tokens, so that `" ".join(text.split()) == text` and decoding gives back what was encoded.
+Every noun begins with a consonant, so that "a" is always right, and a word has one meaning, except
+`events.SENSES`. Text is lower-case, with a space between words and none before a mark, so that decoding gives back
+what was encoded.
 """
 
 from __future__ import annotations

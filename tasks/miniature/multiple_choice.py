@@ -38,7 +38,10 @@ def dialogue(world: World, draw: Draw, index: int) -> dict:
 
 
 def motives(world: World, draw: Draw, index: int) -> dict:
-    """Two people do something; the cause of what one of them did is among four choices, beside the cause of the other."""
+    """Two people do something.
+
+    The cause of what one of them did is among four choices, beside the cause of the other.
+    """
     people = draw.some(PEOPLE, 2)
     causes = draw.some(CAUSES, 4)
     done = [f"{person} {effect}" for person, (_, effect) in zip(people, causes, strict=False)]

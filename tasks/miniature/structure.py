@@ -6,7 +6,7 @@ from tasks.miniature.draws import Draw
 from tasks.miniature.lexicon import DOINGS, FOODS, JOBS, PETS, PLACES, STRANGERS, TOWNS
 from tasks.miniature.world import World
 
-LOOKS = ("big", "small", "old", "young", "white", "black", "glad", "sad")
+LOOKS = ("big", "small", "poor", "young", "white", "black", "glad", "sad")
 
 
 def concepts(world: World, draw: Draw, index: int) -> dict:

@@ -12,7 +12,10 @@ GATHERED = ("bought", "saw", "found", "drew", "lost")
 
 
 def highlights(world: World, draw: Draw, index: int) -> dict:
-    """Somebody meets somebody and gets something, among sentences that do not matter; names for pronouns in the summary."""
+    """Somebody meets somebody and gets something, among sentences that do not matter.
+
+    Names for pronouns in the summary.
+    """
     one, two = draw.some(PEOPLE, 2)
     place, thing = draw.pick(PLACES), draw.pick(THINGS)
     before, after = draw.some(FILLERS, 2)

@@ -9,7 +9,10 @@ from tasks.miniature.world import World
 
 
 def senses(world: World, draw: Draw, index: int) -> dict:
-    """Two sentences that have the word and nothing else in common; every sentence stands in as many pairs of either label."""
+    """Two sentences that have the word and nothing else in common.
+
+    Every sentence stands in as many pairs of either label.
+    """
     label = index % 2  # 0 the same, 1 not
     word = draw.pick(sorted(SENSES))
     (_, mine), (_, other) = draw.shuffled(SENSES[word])

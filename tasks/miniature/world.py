@@ -1,6 +1,9 @@
-"""The facts that hold as long as the world does: where each person lives, works, eats, what they have, who their friend is.
+"""The facts that hold as long as the world does.
 
-They are drawn from the seed. The corpus tells all of them; closed-book questions ask for them, and no passage contradicts them.
+Where each person lives, works, eats, what they have, who their friend is.
+
+They are drawn from the seed. The corpus tells all of them; closed-book questions ask for them, and no passage
+contradicts them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,10 @@
-"""A linear model on bags of words: what can be had of a ranked dataset from words, their number, position and length alone.
+"""A linear model on bags of words.
 
-A choice is scored by a linear function of the words of the input (counted, and present or not) under its position in the list,
-of the words of input and choice together, of its own words, of its length; softmax over the choices, L2, full-batch Adam.
+What can be had of a ranked dataset from words, their number, position and length alone.
+
+A choice is scored by a linear function of the words of the input (counted, and present or not) under its position
+in the list, of the words of input and choice together, of its own words, of its length; softmax over the choices,
+L2, full-batch Adam.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The world's promises: determinism, splits that share nothing, a closed vocabulary, balanced labels, no easy way out."""
+"""The world's promises.
+
+Determinism, splits that share nothing, a closed vocabulary, balanced labels, no easy way out.
+"""
 
 from __future__ import annotations
 
@@ -113,6 +116,9 @@ def test_no_word_of_the_corpus_is_unknown_and_each_is_used():
 
 
 def test_the_vocabulary_gives_back_what_it_was_given():
+    from tasks import vocabularies  # TensorFlow
+
+    assert vocabularies.TOKEN.pattern == TOKEN.pattern
     vocabulary = word_vocabulary()
     for name in TABLE:
         for row in sample(name, "validation", 20):
@@ -153,7 +159,10 @@ def test_a_fact_is_the_same_wherever_it_is_told():
 
 @pytest.mark.parametrize("name", HELD_OUT)
 def test_no_bag_of_words_solves_a_held_out_set(name, monkeypatch):
-    """At most chance, or majority where that is more, and five points; the last prompt shows the choices, if any does."""
+    """At most chance, or majority where that is more, and five points.
+
+    The last prompt shows the choices, if any does.
+    """
     monkeypatch.setattr(generators, "SIZES", {"train": 2000, "validation": 1, "test": 1000})
     dataset = BY_NAME[name]
     for prompt in dataset.prompts:
