@@ -15,6 +15,8 @@ from merging.models.decoder import Decoder, logical_axes
 from merging.models.decoding import Generated, Greedy, Sampling, beam_search, generate
 from tests.merging.models import families
 
+pytestmark = pytest.mark.slow  # programs for several meshes take minutes to compile
+
 FAMILIES = list(families.CONFIGS)
 LENGTHS = np.array([5, 9, 1], np.int32)
 LONGEST = 9

@@ -19,6 +19,8 @@ from merging.training import optimizer as optimizers
 from merging.training.batch import Batch
 from merging.training.step import TrainState, init_state, train_step
 
+pytestmark = pytest.mark.slow  # programs for several meshes take minutes to compile
+
 B, T, V = 8, 24, 128
 CONFIG = named("mini_xs", vocab_size=V)
 MESHES = {
