@@ -66,7 +66,7 @@ def test_hugging_face(vocabularies: ModuleType, tokenizer_json: pathlib.Path):
     assert targets.decode(targets.encode("yes")) == "yes"
     assert targets.encode("") == []
     assert targets.encode_tf("yes no").numpy().tolist() == targets.encode("yes no")
-    assert targets.decode_tf(targets.encode("yes no")).numpy().decode() == "yes no"
+    assert targets.decode_tf(targets.encode_tf("yes no")).numpy().decode() == "yes no"
     assert (vocabulary.eos_id, vocabularies.start_id(vocabulary)) == (1, 0)
     assert not features["inputs"].add_eos and features["targets"].add_eos
     assert vocabulary != targets
