@@ -17,6 +17,9 @@ import seqio
 from tasks import catalog, instructions, mixing, registry, row_source
 from tasks.packing import Lengths, Tokens, truncate
 
+# Examples that TensorFlow hands over in one call, which costs as much as some ten of them.
+BATCH = 64
+
 
 class Stream:
     """Examples of a mixture as tokens.
@@ -75,23 +78,23 @@ class Stream:
         """Examples `first` to `last` of an epoch."""
         order = self._order(epoch)
         skipped = np.bincount(order[:first], minlength=len(self.tasks))
-        readers: dict[int, Iterator[dict[str, np.ndarray]]] = {}
+        readers: dict[int, Iterator[tuple[np.ndarray, np.ndarray]]] = {}
         for number in order[first:last]:
             if number not in readers:
                 readers[number] = self._read(self.tasks[number], epoch, int(skipped[number]))
-            features = next(readers[number], None)
-            if features is None:  # the prompt has passed over some rows
-                continue
-            yield truncate(
-                features["inputs"], features["targets"], lengths=self.lengths, rule=self.truncation
-            )
+            parts = next(readers[number], None)
+            if parts is not None:  # else the prompt has passed over some rows
+                yield truncate(*parts, lengths=self.lengths, rule=self.truncation)
 
     def _order(self, epoch: int) -> np.ndarray:
         """[examples] the task of each example of an epoch."""
         numbers = np.repeat(np.arange(len(self.tasks), dtype=np.uint16), self.counts)
         return np.random.default_rng([self.seed, epoch]).permutation(numbers)
 
-    def _read(self, task: seqio.Task, epoch: int, skipped: int) -> Iterator[dict[str, np.ndarray]]:
+    def _read(
+        self, task: seqio.Task, epoch: int, skipped: int
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Inputs and targets of a task's examples, in the order of the epoch."""
         key = hashlib.sha256(f"{self.seed} {epoch} {task.name}".encode()).digest()
         dataset = task.get_dataset(
             sequence_length=None,
@@ -101,7 +104,12 @@ class Stream:
             use_cached=task.supports_caching and task.cache_dir is not None,
             try_in_mem_cache=False,
         )
-        return dataset.skip(skipped).as_numpy_iterator()
+        dataset = dataset.skip(skipped).map(lambda element: (element["inputs"], element["targets"]))
+        for many in dataset.ragged_batch(BATCH):
+            columns = [
+                np.split(part.values.numpy(), part.row_splits.numpy()[1:-1]) for part in many
+            ]
+            yield from zip(*columns, strict=True)
 
 
 def refuse_held_out(mixture: str, names: tuple[str, ...]) -> None:

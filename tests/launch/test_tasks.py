@@ -72,7 +72,7 @@ def test_an_example_in_colours_and_an_error(folder: pathlib.Path):
     assert (
         "choices: Description | Entity | Abbreviation | Person | Quantity | Location" in done.stdout
     )
-    done = run("trec_lable_local", f"--local_data={folder}")
+    done = run("--collection=loca")
     assert done.returncode == 1
-    assert "did you mean trec_label_local" in done.stderr
+    assert "Error: there is no collection 'loca'" in done.stderr
     assert "Traceback" not in done.stderr
