@@ -7,8 +7,8 @@ r"""Lists tasks and mixtures, and shows examples of any of them.
   python -m launch.tasks held_in_mini --features --inputs_length=64 --targets_length=16
                                                                     packed rows, token by token
 
-Inputs are blue and targets green; a listing loads neither TensorFlow nor seqio. Everything else is set by gin, see gin_configs/runs/tasks.gin:
---gin.VOCABULARY='"/models/gemma/tokenizer.json"'.
+Inputs are blue and targets green; a listing loads neither TensorFlow nor seqio. Everything else is set by gin, see
+gin_configs/runs/tasks.gin: --gin.VOCABULARY='"/models/gemma/tokenizer.json"'.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ def register(
     rate_cap: int = RATE_CAP,
     prompts: str = "own",
 ) -> None:
-    """Registers all tasks and mixtures with seqio. Twice with the same arguments is once; others replace what was there.
+    """Registers all tasks and mixtures with seqio. Twice with the same arguments is once; others replace them.
 
     Args:
       vocabulary: of all tasks: "bytes", a path (.model, .json), or a seqio vocabulary. None: the miniature's own for
@@ -31,7 +31,8 @@ def register(
       local_data: folder of JSON lines; None: no tasks that end with _local.
       instruction_tasks: tasks or mixtures, ours or registered by others, that make the mixture `instruction`.
       rate_cap: the most examples of one dataset that a mixture takes (T0: 500,000).
-      prompts: "own", ours; or "p3", P3's by the package promptsource, for the datasets of P3 (the others then have no tasks).
+      prompts: "own", ours; or "p3", P3's by the package promptsource, for the datasets of P3 (the others then have no
+        tasks).
 
     Raises:
       ValueError: for a vocabulary that can't be loaded, or instruction tasks that hold a held-out dataset.

@@ -1,8 +1,9 @@
 """Batches for training: `batch(step)` is an index into rows packed once, the same whatever the hosts.
 
-A packed cache holds one epoch of a mixture (or as many rows as a run needs) for one seed and pair of lengths. Rows have one length, so
-the cache is three arrays in raw files, read by memory map: row r stands at r times the bytes of a row, and no index or
-record format is needed. Each epoch goes through the rows in another order. A host reads its block of the global batch.
+A packed cache holds one epoch of a mixture (or as many rows as a run needs) for one seed and pair of lengths. Rows have
+one length, so the cache is three arrays in raw files, read by memory map: row r stands at r times the bytes of a row,
+and no index or record format is needed. Each epoch goes through the rows in another order. A host reads its block of
+the global batch.
 
 A mixture too big to pack is streamed instead: packed in chunks as it is read, with a position that can be saved.
 
@@ -170,12 +171,13 @@ def pack_mixture(
 ) -> pathlib.Path:
     """Packs an epoch of a mixture, unless that is done, and returns its folder, which appears whole or not at all.
 
-    The name of the folder holds a digest of all that the rows depend on: the arguments, the tasks with their sources and
-    vocabulary, and the code of this package.
+    The name of the folder holds a digest of all that the rows depend on: the arguments, the tasks with their sources
+    and vocabulary, and the code of this package.
 
     Args:
       mixture: a registered mixture or task.
-      cache_dir: a local folder, of this host or shared; hosts that pack at once do the same work, and the first to finish counts.
+      cache_dir: a local folder, of this host or shared; hosts that pack at once do the same work, and the first to
+        finish counts.
       lengths: of inputs and targets.
       seed: of the order of examples.
       split: see `Stream`.

@@ -1,8 +1,8 @@
 """The table of categories: which are held in, which are held out, and the datasets of each.
 
-Held-in categories train experts; held-out ones only ever judge. What a dataset is, its sources, prompts and metric, stands
-in its own file of `tasks/datasets`; this page is the one that says what the study counts (arXiv 2410.03617, after T0,
-arXiv 2110.08207). `launch.tasks` prints it with sources and sizes.
+Held-in categories train experts; held-out ones only ever judge. What a dataset is, its sources, prompts and metric,
+stands in its own file of `tasks/datasets`; this page is the one that says what the study counts (arXiv 2410.03617,
+after T0, arXiv 2110.08207). `launch.tasks` prints it with sources and sizes.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def role(dataset: Dataset) -> str:
 
 
 def mixtures(every: Iterable[Dataset], collection: str) -> dict[str, list[Dataset]]:
-    """The mixtures of a collection: one for each category, one of all held-in and one of all held-out, where they have any dataset."""
+    """A collection's mixtures: one for each category, one of all held-in, one of all held-out; none without a dataset."""
     members = [dataset for dataset in every if collection in dataset.sources]
     found = {
         category: [dataset for dataset in members if dataset.category == category]

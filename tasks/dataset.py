@@ -1,7 +1,8 @@
 """What a dataset is to the study: rows from a source, put into words by several prompts, judged by one metric.
 
-One dataset is one file of `tasks/datasets`, which says `DATASETS = (Dataset(...), ...)`: more than one only for the parts of
-one dataset. Nothing here knows TensorFlow: a prompt is a function of a row (a dict as the source gives it) to an Example.
+One dataset is one file of `tasks/datasets`, which says `DATASETS = (Dataset(...), ...)`: more than one only for the
+parts of one dataset. Nothing here knows TensorFlow: a prompt is a function of a row (a dict as the source gives it) to
+an Example.
 
   row -> view (the fields that prompts speak of) -> prompt -> Example(inputs, targets, choices, label, references)
 """
@@ -140,7 +141,8 @@ class Dataset:
       view: from a row to the fields that prompts speak of.
       view_fields: the fields that the view adds.
       prompts: by name.
-      sources: by collection: "" (TFDS and Hugging Face), "local" (JSON lines in a folder) or "mini" (the built-in world).
+      sources: by collection: "" (TFDS and Hugging Face), "local" (JSON lines in a folder) or "mini" (the built-in
+        world).
       part_of: the dataset whose score is the mean of its parts' scores; None: it counts by itself.
       is_counted: false for what is scored but stays out of the study's means.
       aliases: other names under which the same data goes around, for the check of instruction mixtures.

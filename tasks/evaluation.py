@@ -1,7 +1,7 @@
-"""Tasks as evaluation wants them: inputs, choices and references of every example, as tokens, and what they are judged by.
+"""Tasks as evaluation wants them: inputs, choices and references of every example, as tokens, and the metric.
 
-Of ranked tasks every example has its choices as tokens, as many as it has; of the others a text is generated and judged by
-the references. What is over the lengths is cut by a named rule and counted.
+Of ranked tasks every example has its choices as tokens, as many as it has; of the others a text is generated and judged
+by the references. What is over the lengths is cut by a named rule and counted.
 """
 
 from __future__ import annotations

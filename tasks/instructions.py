@@ -1,7 +1,7 @@
 """The mixture that an instruction-tuned base is trained on, kept free of what it will be judged by.
 
-Collections like Flan-2021 hold every held-out dataset of the study under names of their own, so the check knows a dataset's
-other names, and looks at the name of a task and at the TFDS set it reads.
+Collections like Flan-2021 hold every held-out dataset of the study under names of their own, so the check knows a
+dataset's other names, and looks at the name of a task and at the TFDS set it reads.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def held_out_in(name: str, dataset: Dataset | None = None) -> str | None:
 
 
 def words(name: str) -> str:
-    """Lower case, and a space for whatever is neither letter nor digit: "super_glue/wsc.fixed" -> "super glue wsc fixed"."""
+    """Lower case, spaces between runs of letters and digits: "super_glue/wsc.fixed" -> "super glue wsc fixed"."""
     return " ".join(re.findall(r"[a-z0-9]+", name.lower()))
 
 

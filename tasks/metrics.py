@@ -1,11 +1,11 @@
 """Metrics with standard errors, as functions of truths and predictions: each is a seqio metric_fn.
 
-All values are fractions between 0 and 1 (ROUGE and BLEU too, where others print them times 100), and beside every `x` stands
-`x_stderr`: of a mean, its standard error; of F1, by the delta method over examples; of corpus BLEU, by 1,000 bootstrap samples
-with a fixed seed. One example has no standard error (NaN).
+All values are fractions between 0 and 1 (ROUGE and BLEU too, where others print them times 100), and beside every `x`
+stands `x_stderr`: of a mean, its standard error; of F1, by the delta method over examples; of corpus BLEU, by 1,000
+bootstrap samples with a fixed seed. One example has no standard error (NaN).
 
-A truth is the index of the right choice where answers are ranked, and the sequence of all right answers where they are generated; a
-prediction is the index of a choice (-1 for a text that is no choice), or a text.
+A truth is the index of the right choice where answers are ranked, and the sequence of all right answers where they are
+generated; a prediction is the index of a choice (-1 for a text that is no choice), or a text.
 """
 
 from __future__ import annotations

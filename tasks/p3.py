@@ -1,7 +1,8 @@
 """P3's own prompts (arXiv 2202.01279), by the package `promptsource`, in place of ours.
 
-T0 takes the templates that are marked as the original task; HotpotQA and App Reviews have none so marked, so all of theirs are taken.
-Of ranked datasets, templates without choices are left out. promptsource 0.2.3 declares Python below 3.10 but runs on later ones:
+T0 takes the templates that are marked as the original task; HotpotQA and App Reviews have none so marked, so all of
+theirs are taken. Of ranked datasets, templates without choices are left out. promptsource 0.2.3 declares Python below
+3.10 but runs on later ones:
 
   pip install 'merging-at-scale[p3]' && pip install --no-deps --ignore-requires-python promptsource
 """

@@ -25,7 +25,8 @@ Batch = dict[str, np.ndarray]
 # Which tokens an input that is too long loses. T5X and T0 cut the end.
 TRUNCATIONS = ("end", "start")
 
-# Rows that wait for a fitting example. More pack denser (64: over 98 % full where examples are short against rows) and cost little.
+# Rows that wait for a fitting example. More pack denser (64: over 98 % full where examples are short against rows) and
+# cost little.
 OPEN_ROWS = 64
 
 PADDING, INPUT, TARGET = 0, 1, 2

@@ -1,9 +1,9 @@
-"""From an element of a source to the features of a task: rendered by a prompt and tokenized, in Python, many rows at a time.
+"""From an element of a source to the features of a task: rendered by a prompt and tokenized, many rows at a time.
 
-Elements have, beside `inputs` and `targets` as tokens [n] int32 and as text (`*_pretokenized`): `choices` [k] and `references`
-[r] (strings; k is 0 where the answer is generated), `label` (int32, -1 where generated) and `id` (string). In the
-rank_classification form, T5's, which seqio.Evaluator scores, there is one element for each choice, with the choice as targets, and
-with `idx` [2] int32 (number of the example, number of the choice) and `is_correct` (bool).
+Elements have, beside `inputs` and `targets` as tokens [n] int32 and as text (`*_pretokenized`): `choices` [k] and
+`references` [r] (strings; k is 0 where the answer is generated), `label` (int32, -1 where generated) and `id` (string).
+In the rank_classification form, T5's, which seqio.Evaluator scores, there is one element for each choice, with the
+choice as targets, and with `idx` [2] int32 (number of the example, number of the choice) and `is_correct` (bool).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Tasks and mixtures in seqio's registries, under the names of the catalog.
 
-One task per (dataset, prompt, collection), `<dataset>_<prompt>` and the collection's suffix; for ranked datasets a second one in
-T5's rank_classification form, which ends with `_rank`. One mixture per category, one of all held-in, one of all held-out,
-each with the suffix. Mixing rates are T0's. `tasks.register` is the way in.
+One task per (dataset, prompt, collection), `<dataset>_<prompt>` and the collection's suffix; for ranked datasets a
+second one in T5's rank_classification form, which ends with `_rank`. One mixture per category, one of all held-in, one
+of all held-out, each with the suffix. Mixing rates are T0's. `tasks.register` is the way in.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Sources as seqio DataSources.
 
 What has random access (`RowSource`) is shuffled as a whole under the seed and shards by row, so two hosts of two read
-disjoint rows that add up to the stream of one. TFDS is seqio's own source. An element of RowSource is {"row": JSON}; one of
-TFDS is its nested features. `preprocessors.as_row` reads both.
+disjoint rows that add up to the stream of one. TFDS is seqio's own source. An element of RowSource is {"row": JSON};
+one of TFDS is its nested features. `preprocessors.as_json` makes one of both.
 """
 
 from __future__ import annotations

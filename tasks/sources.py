@@ -1,9 +1,10 @@
 """Where rows come from: TensorFlow Datasets, Hugging Face, JSON lines, or a function.
 
-A source here is a description; reading begins when `rows` (or `row_source.data_source`, which makes a seqio DataSource of
-it) is called. Splits are called train and validation whatever their origin calls them.
+A source here is a description; reading begins when `rows` (or `row_source.data_source`, which makes a seqio DataSource
+of it) is called. Splits are called train and validation whatever their origin calls them.
 
-JSON lines are read into memory, Hugging Face sets are memory-mapped Arrow, both with random access; TFDS is read in order.
+JSON lines are read into memory, Hugging Face sets are memory-mapped Arrow, both with random access; TFDS is read in
+order.
 """
 
 from __future__ import annotations
@@ -40,8 +41,9 @@ class Tfds:
 class HuggingFace:
     """A set of the Hugging Face hub, as Parquet.
 
-    Every set on the hub has a branch `refs/convert/parquet`, made by the hub, with files `<config>/<split>/*.parquet`. It is the
-    one layout that serves sets which once were Python scripts (which `datasets` no longer runs) and all others.
+    Every set on the hub has a branch `refs/convert/parquet`, made by the hub, with files `<config>/<split>/*.parquet`.
+    It is the one layout that serves sets which once were Python scripts (which `datasets` no longer runs) and all
+    others.
 
     Attributes:
       repository: "owner/name".
@@ -69,8 +71,8 @@ class JsonLines:
     """Files of one JSON object a line, gzipped if they end with .gz.
 
     Attributes:
-      files: {split: pattern of files}, relative to the folder given to `rows`; or one pattern for all splits, whose rows
-        say theirs under "split".
+      files: {split: pattern of files}, relative to the folder given to `rows`; or one pattern for all splits, whose
+        rows say theirs under "split".
       columns: the key under which a row holds its columns; what else it holds is added to them. None: the row itself.
     """
 

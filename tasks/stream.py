@@ -1,8 +1,9 @@
 """The examples of a mixture, epoch by epoch, in an order that depends on nothing but the seed.
 
-An epoch takes from each task as many examples as its mixing rate says: all of a dataset of at most the cap, once in every prompt's
-words, or the cap's share of a larger one, another share each epoch. Tasks are mixed by a random permutation, not by chance, so that
-an epoch holds exactly those. Any stretch of an epoch can be asked for: that is how a saved position comes back.
+An epoch takes from each task as many examples as its mixing rate says: all of a dataset of at most the cap, once in
+every prompt's words, or the cap's share of a larger one, another share each epoch. Tasks are mixed by a random
+permutation, not by chance, so that an epoch holds exactly those. Any stretch of an epoch can be asked for: that is how
+a saved position comes back.
 """
 
 from __future__ import annotations

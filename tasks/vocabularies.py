@@ -1,7 +1,8 @@
 """Vocabularies, all as seqio's: SentencePiece, bytes, a Hugging Face tokenizer.json, and whole words.
 
-`load` takes what a user writes: "bytes", a path that ends with .model (SentencePiece) or .json (Hugging Face). Token 0 is
-padding in seqio whatever a tokenizer calls it; our own batches know padding by segment 0, so a real token 0 does no harm there.
+`load` takes what a user writes: "bytes", a path that ends with .model (SentencePiece) or .json (Hugging Face). Token 0
+is padding in seqio whatever a tokenizer calls it; our own batches know padding by segment 0, so a real token 0 does no
+harm there.
 
 A decoder reads inputs and targets as one text. SentencePiece models put a space before each of the two by themselves; a
 Hugging Face tokenizer doesn't, so its targets begin with one (`prefix`).
@@ -82,8 +83,8 @@ def digest(vocabulary: seqio.Vocabulary) -> str:
 class WordVocabulary(seqio.Vocabulary):
     """Whole words and single marks: 0 is padding, 1 the end of sequence, 2 any word not among them.
 
-    Case counts, white space does not: decoding puts one space between words, and none before a mark. A text whose words are all known, so
-    spaced, comes back as it was.
+    Case counts, white space does not: decoding puts one space between words, and none before a mark. A text whose words
+    are all known, so spaced, comes back as it was.
 
     Args:
       words: all known words and marks, each once, in the order of their ids from 3.
@@ -142,8 +143,8 @@ class WordVocabulary(seqio.Vocabulary):
 class HuggingFaceVocabulary(seqio.Vocabulary):
     """A tokenizer.json as a seqio vocabulary, by the `tokenizers` library.
 
-    Special tokens are never made from text. `start_id` is the token that the tokenizer always puts first (as Gemma's does), or else
-    the bos_token_id of config.json, or else 0.
+    Special tokens are never made from text. `start_id` is the token that the tokenizer always puts first (as Gemma's
+    does), or else the bos_token_id of config.json, or else 0.
 
     Args:
       path: of tokenizer.json; tokenizer_config.json or config.json beside it tells the end of sequence.
