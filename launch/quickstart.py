@@ -144,6 +144,7 @@ def write(folder: pathlib.Path, leaves: Mapping[str, np.ndarray]) -> None:
     """A Hugging Face folder in bfloat16; made beside its place and renamed, so that it is whole or absent."""
     import ml_dtypes
 
+    from merging.checkpoints import boxes
     from merging.checkpoints.format import LeafSpec
     from merging.checkpoints.safetensors import Writer
 
@@ -156,8 +157,7 @@ def write(folder: pathlib.Path, leaves: Mapping[str, np.ndarray]) -> None:
     }
     writer = Writer(making, specs, shard_bytes=1 << 30)
     for name in writer.names_mine:
-        whole = tuple(slice(0, size) for size in leaves[name].shape)
-        writer.write(name, whole, leaves[name].astype(dtype))
+        writer.write(name, boxes.whole(leaves[name].shape), leaves[name].astype(dtype))
     writer.commit()
     (making / "config.json").write_text(json.dumps(CONFIG, indent=1) + "\n")
     making.rename(folder)
@@ -165,12 +165,12 @@ def write(folder: pathlib.Path, leaves: Mapping[str, np.ndarray]) -> None:
 
 def read(folder: pathlib.Path) -> dict[str, np.ndarray]:
     """All leaves of a folder, float32."""
-    from merging.checkpoints import open_checkpoint
+    from merging.checkpoints import boxes, open_checkpoint
 
     reader = open_checkpoint(folder)
     try:
         return {
-            name: reader.read(name, tuple(slice(0, size) for size in spec.shape)).astype(np.float32)
+            name: reader.read(name, boxes.whole(spec.shape)).astype(np.float32)
             for name, spec in reader.specs().items()
         }
     finally:

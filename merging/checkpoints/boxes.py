@@ -28,6 +28,31 @@ def box_shape(spec: LeafSpec, index: Index) -> Shape:
     return tuple(part.stop - part.start for part in index)
 
 
+def receiver(spec: LeafSpec, index: Index, out: np.ndarray | None) -> np.ndarray:
+    """What receives a box that is read: `out` after checking it, or a new array, [*box] in the leaf's dtype, C-contiguous.
+
+    Raises ValueError for an `out` of another shape, dtype or order.
+    """
+    box = box_shape(spec, index)
+    if out is None:
+        return np.empty(box, spec.dtype)
+    if (out.shape, out.dtype) != (box, spec.dtype) or not out.flags.c_contiguous:
+        raise ValueError(
+            f"{spec.name}: out is {out.dtype}{list(out.shape)}, C-contiguous: {out.flags.c_contiguous}; wanted"
+            f" {spec.dtype}{list(box)}, C-contiguous"
+        )
+    return out
+
+
+def check_written(spec: LeafSpec, index: Index, array: np.ndarray) -> None:
+    """Raises ValueError unless an array that is written is [*box] in the leaf's dtype."""
+    box = box_shape(spec, index)
+    if (array.shape, array.dtype) != (box, spec.dtype):
+        raise ValueError(
+            f"{spec.name}: got {array.dtype}{list(array.shape)}, wanted {spec.dtype}{list(box)}"
+        )
+
+
 def runs(shape: Sequence[int], index: Index) -> tuple[int, Iterator[int]]:
     """Length of the contiguous runs of a box, and where each starts; in elements, C order."""
     run, inner = 1, len(shape)
@@ -48,11 +73,19 @@ def runs(shape: Sequence[int], index: Index) -> tuple[int, Iterator[int]]:
 
 
 def row_boxes(shape: Sequence[int], limit: int) -> Iterator[Index]:
-    """Boxes of at most `limit` elements that cover an array, each a contiguous run, in C order."""
-    if math.prod(shape):
-        chunk = _run_shape(shape, None, limit)
-        for chunk_index in chunks_of(whole(shape), chunk):
-            yield chunk_box(chunk_index, chunk, shape)
+    """Cuts an array into boxes of at most `limit` elements, each contiguous, in C order; none where it is empty."""
+    if 0 in shape:
+        return
+    if math.prod(shape) <= limit:
+        yield whole(shape)
+        return
+    rows = max(1, limit // math.prod(shape[1:]))
+    for start in range(0, shape[0], rows):
+        stop = min(start + rows, shape[0])
+        if rows > 1 or math.prod(shape[1:]) <= limit:
+            yield (slice(start, stop), *whole(shape[1:]))
+        else:
+            yield from ((slice(start, stop), *inner) for inner in row_boxes(shape[1:], limit))
 
 
 def bytes_of(array: np.ndarray) -> memoryview:
@@ -70,15 +103,12 @@ def chunk_shape(spec: LeafSpec, chunk_bytes: int) -> Shape:
     """
     if chunk_bytes < 1:
         raise ValueError(f"chunk_bytes is {chunk_bytes}, wanted a positive number of bytes")
-    return _run_shape(spec.shape, spec.stacked, max(1, chunk_bytes // spec.dtype.itemsize))
-
-
-def _run_shape(shape: Sequence[int], stacked: int | None, limit: int) -> Shape:
-    chunk = [1] * len(shape)
-    for axis in reversed(range(len(shape))):
-        if axis == stacked:
+    limit = max(1, chunk_bytes // spec.dtype.itemsize)
+    chunk = [1] * len(spec.shape)
+    for axis in reversed(range(len(spec.shape))):
+        if axis == spec.stacked:
             continue
-        size = max(1, shape[axis])
+        size = max(1, spec.shape[axis])
         if size > limit:
             chunk[axis] = -(-size // -(-size // limit))
             break
@@ -151,12 +181,7 @@ class Assembler:
 
         Raises ValueError for another shape or dtype; an element that comes twice is an AssertionError where it is seen.
         """
-        box = box_shape(self.spec, index)
-        if (array.shape, array.dtype) != (box, self.spec.dtype):
-            raise ValueError(
-                f"{self.spec.name}: got {array.dtype}{list(array.shape)}, wanted "
-                f"{self.spec.dtype}{list(box)}"
-            )
+        check_written(self.spec, index, array)
         for position in chunks_of(index, self.chunk):
             of_chunk = chunk_box(position, self.chunk, self.spec.shape)
             shared = intersection(index, of_chunk)

@@ -15,7 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from merging.checkpoints.format import Index, LeafSpec, Reader
+from merging.checkpoints.boxes import row_boxes
+from merging.checkpoints.format import LeafSpec, Reader
 from merging.paths import canonical
 
 # Elements read and converted at a time: some 10 float64 arrays of 8 MiB are alive at once. Smaller blocks pay Python's
@@ -112,7 +113,7 @@ def contents(reader: Reader, names: Iterable[str]) -> Iterator[Contents]:
     specs = reader.specs()
     for name in names:
         norm, largest, not_finite = 0.0, 0.0, 0
-        for box in boxes(specs[name].shape):
+        for box in row_boxes(specs[name].shape, BLOCK_ELEMENTS):
             block = _float64(reader.read(name, box))
             finite = np.isfinite(block)
             if not finite.all():
@@ -128,7 +129,7 @@ def differences(first: Reader, second: Reader, names: Iterable[str]) -> Iterator
     specs = first.specs()
     for name in names:
         different, largest, norm, not_finite = 0, 0.0, 0.0, 0
-        for box in boxes(specs[name].shape):
+        for box in row_boxes(specs[name].shape, BLOCK_ELEMENTS):
             unequal, change = _change(first.read(name, box), second.read(name, box))
             finite = change[np.isfinite(change)]
             different += unequal
@@ -170,22 +171,6 @@ def total_difference(leaves: Iterable[Difference]) -> Difference:
 
 
 # ---- blocks ---------------------------------------------------------------------------------------------------------
-
-
-def boxes(shape: tuple[int, ...], limit: int = BLOCK_ELEMENTS) -> Iterator[Index]:
-    """Cuts an array into boxes of at most `limit` elements, each contiguous, in C order; none where it is empty."""
-    if 0 in shape:
-        return
-    if math.prod(shape) <= limit:
-        yield tuple(slice(0, size) for size in shape)
-        return
-    rows = max(1, limit // math.prod(shape[1:]))
-    for start in range(0, shape[0], rows):
-        stop = min(start + rows, shape[0])
-        if rows > 1 or math.prod(shape[1:]) <= limit:
-            yield (slice(start, stop), *(slice(0, size) for size in shape[1:]))
-        else:
-            yield from ((slice(start, stop), *inner) for inner in boxes(shape[1:], limit))
 
 
 def _change(first: np.ndarray, second: np.ndarray) -> tuple[int, np.ndarray]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from merging.checkpoints import memory
+from merging.checkpoints import boxes, memory
 from merging.checkpoints.format import Index, LeafSpec, Reader
 from merging.checkpoints.layouts import Layout, Ranges
 from merging.checkpoints.tiles import Tiles
@@ -47,15 +47,7 @@ class LayoutReader:
 
     def read(self, name: str, index: Index, *, out: np.ndarray | None = None) -> np.ndarray:
         """The box `index` of a leaf, [*box] in the leaf's dtype; contract and errors as `format.Reader.read`."""
-        spec = self._joined.specs[name]
-        box = tuple(part.stop - part.start for part in index)
-        if out is None:
-            out = np.empty(box, spec.dtype)
-        elif (out.shape, out.dtype) != (box, spec.dtype) or not out.flags.c_contiguous:
-            raise ValueError(
-                f"{name}: out is {out.dtype}{list(out.shape)}, C-contiguous: {out.flags.c_contiguous}; wanted"
-                f" {spec.dtype}{list(box)}, C-contiguous"
-            )
+        out = boxes.receiver(self._joined.specs[name], index, out)
         if out.size:
             self._fill(name, index, out)
         return out
@@ -139,8 +131,7 @@ def arranged(layout: Layout, arrays: Mapping[str, np.ndarray]) -> dict[str, np.n
     """A tree in memory in the layout's target form; `arrays` by name, C order. Errors as LayoutReader."""
     reader = LayoutReader(memory.Reader(arrays), layout)
     return {
-        name: reader.read(name, tuple(slice(0, size) for size in spec.shape))
-        for name, spec in reader.specs().items()
+        name: reader.read(name, boxes.whole(spec.shape)) for name, spec in reader.specs().items()
     }
 
 

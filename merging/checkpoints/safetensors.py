@@ -16,18 +16,17 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
-import itertools
 import json
-import math
 import os
 import sys
 import threading
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from etils import epath
 
+from merging.checkpoints import boxes
 from merging.checkpoints.format import CheckpointError, Index, LeafSpec
 from merging.checkpoints.huggingface import (
     INDEX_FILE,
@@ -86,18 +85,11 @@ class Reader:
         """
         stored = self._get(name)
         spec = stored.spec
-        box = _box_shape(spec, index)
-        if out is None:
-            out = np.empty(box, spec.dtype)
-        elif (out.shape, out.dtype) != (box, spec.dtype) or not out.flags.c_contiguous:
-            raise ValueError(
-                f"{name}: out is {out.dtype}{list(out.shape)}, C-contiguous: "
-                f"{out.flags.c_contiguous}; wanted {spec.dtype}{list(box)}, C-contiguous"
-            )
+        out = boxes.receiver(spec, index, out)
         if not out.size:
             return out
-        buffer = memoryview(_bytes_of(out))
-        run, starts = _runs(spec.shape, index)
+        buffer = boxes.bytes_of(out)
+        run, starts = boxes.runs(spec.shape, index)
         run_bytes = run * spec.dtype.itemsize
         try:
             for position, start in enumerate(starts):
@@ -177,42 +169,6 @@ class _Stored:
     spec: LeafSpec
     source: ByteSource
     offset: int
-
-
-# --- Boxes --------------------------------------------------------------------------------------
-
-
-def _box_shape(spec: LeafSpec, index: Index) -> tuple[int, ...]:
-    """The shape of a box, after checking that it is one of this leaf."""
-    assert len(index) == len(spec.shape) and all(
-        part.step in (None, 1) and 0 <= part.start <= part.stop <= size
-        for part, size in zip(index, spec.shape, strict=True)
-    ), f"{spec.name}: {index} is no box of shape {spec.shape}"
-    return tuple(part.stop - part.start for part in index)
-
-
-def _runs(shape: tuple[int, ...], index: Index) -> tuple[int, Iterator[int]]:
-    """Length of the contiguous runs of a box, and where each starts; in elements, C order."""
-    run, inner = 1, len(shape)
-    # Trailing dimensions taken whole join into one run; the first one taken in part ends it.
-    while inner:
-        inner -= 1
-        length = index[inner].stop - index[inner].start
-        run *= length
-        if length != shape[inner]:
-            break
-    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-    first = sum(part.start * stride for part, stride in zip(index, strides, strict=True))
-    outer = [
-        range(0, (part.stop - part.start) * stride, stride)
-        for part, stride in zip(index[:inner], strides[:inner], strict=True)
-    ]
-    return run, (first + sum(steps) for steps in itertools.product(*outer))
-
-
-def _bytes_of(array: np.ndarray) -> np.ndarray:
-    """[n] uint8 view of a C-contiguous array (bfloat16 has no buffer of its own)."""
-    return array.reshape(-1).view(np.uint8)
 
 
 # --- Writing ------------------------------------------------------------------------------------
@@ -300,15 +256,11 @@ class Writer:
         """
         shard, offset = self._places[name]
         spec = self._specs[name]
-        box = _box_shape(spec, index)
-        if (array.shape, array.dtype) != (box, spec.dtype):
-            raise ValueError(
-                f"{name}: got {array.dtype}{list(array.shape)}, wanted {spec.dtype}{list(box)}"
-            )
+        boxes.check_written(spec, index, array)
         if not array.size:
             return
-        buffer = memoryview(_bytes_of(np.ascontiguousarray(array)))
-        run, starts = _runs(spec.shape, index)
+        buffer = boxes.bytes_of(np.ascontiguousarray(array))
+        run, starts = boxes.runs(spec.shape, index)
         run_bytes = run * spec.dtype.itemsize
         sink = self._opened(shard)
         for position, start in enumerate(starts):

@@ -142,14 +142,7 @@ class TreeReader:
 
     def _read(self, name: str, stored: Stored, index: Index, out: np.ndarray | None) -> np.ndarray:
         spec = _spec(name, stored)
-        box = boxes.box_shape(spec, index)
-        if out is None:
-            out = np.empty(box, spec.dtype)
-        elif (out.shape, out.dtype) != (box, spec.dtype) or not out.flags.c_contiguous:
-            raise ValueError(
-                f"{name}: out is {out.dtype}{list(out.shape)}, C-contiguous: "
-                f"{out.flags.c_contiguous}; wanted {spec.dtype}{list(box)}, C-contiguous"
-            )
+        out = boxes.receiver(spec, index, out)
         if out.size:
             try:
                 stored.read(index, out)

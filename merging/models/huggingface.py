@@ -14,6 +14,7 @@ from typing import Any
 import flax.traverse_util
 from etils import epath
 
+from merging.checkpoints import boxes
 from merging.checkpoints.format import CheckpointError
 from merging.checkpoints.layout_reader import LayoutReader
 from merging.checkpoints.layouts import Layout, Rule
@@ -76,9 +77,7 @@ def read_params(folder: epath.PathLike, config: LlamaConfig | Gemma3Config) -> A
         ]
         refuse(reader.location, problems, "its config.json speaks of another model")
         leaves = {
-            name: reader.read(name, tuple(slice(0, n) for n in shape)).astype(
-                config.parameter_dtype, copy=False
-            )
+            name: reader.read(name, boxes.whole(shape)).astype(config.parameter_dtype, copy=False)
             for name, shape in wanted.items()
         }
     return flax.traverse_util.unflatten_dict(leaves, sep="/")

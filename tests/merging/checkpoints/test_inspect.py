@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from merging.checkpoints import inspect
+from merging.checkpoints.boxes import row_boxes
 from merging.checkpoints.memory import Reader
 
 SHAPES = [(), (1,), (3, 0), (7,), (5, 11), (2, 3, 4, 5)]
@@ -18,8 +19,7 @@ FLOATS = [np.float32, ml_dtypes.bfloat16, np.float16, np.float64]
 @pytest.fixture(autouse=True, params=[1, 6, 1 << 20], ids="blocks of {}".format)
 def block_elements(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     """Every test under blocks of a few elements, and of all."""
-    boxes = inspect.boxes
-    monkeypatch.setattr(inspect, "boxes", lambda shape, limit=request.param: boxes(shape, limit))
+    monkeypatch.setattr(inspect, "BLOCK_ELEMENTS", request.param)
 
 
 def random(shape: tuple[int, ...], dtype: type, seed: int = 0) -> np.ndarray:
@@ -39,15 +39,14 @@ def difference_of(first: np.ndarray, second: np.ndarray) -> inspect.Difference:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_boxes_cover_every_element_once_in_order(shape: tuple[int, ...]):
     array = np.arange(math.prod(shape)).reshape(shape)
-    blocks = [array[(*box, ...)] for box in inspect.boxes(shape)]
+    blocks = [array[(*box, ...)] for box in row_boxes(shape, inspect.BLOCK_ELEMENTS)]
     assert np.concatenate([b.ravel() for b in blocks] or [[]]).tolist() == array.ravel().tolist()
     assert all(block.flags.c_contiguous and block.size for block in blocks)
 
 
 @pytest.mark.parametrize(("limit", "largest"), [(1, 1), (5, 5), (7, 5), (20, 20), (119, 60)])
-def test_boxes_are_as_large_as_they_may(limit: int, largest: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.undo()
-    sizes = [math.prod(s.stop - s.start for s in box) for box in inspect.boxes((2, 3, 4, 5), limit)]
+def test_boxes_are_as_large_as_they_may(limit: int, largest: int):
+    sizes = [math.prod(s.stop - s.start for s in box) for box in row_boxes((2, 3, 4, 5), limit)]
     assert max(sizes) == largest and sum(sizes) == 120
 
 
