@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 
 from merging import manifest
-from merging.checkpoints import FORMATS, format_of, open_checkpoint, open_writer
+from merging.checkpoints import FORMATS, open_checkpoint, open_writer
 from merging.checkpoints.format import LeafSpec, Reader, Writer
 from merging.checkpoints.huggingface import read_config
 from merging.checkpoints.known_layouts import named_layout
@@ -184,7 +184,7 @@ def plan(settings: Settings) -> Plan:
         reader: Reader = opened.enter_context(contextlib.closing(opening))
         path = epath.Path(settings.input)
         folder = path if path.is_dir() else None
-        output_format = settings.format or format_of(path)
+        output_format = settings.format or reader.format
         budget = settings.memory_budget_bytes
         layout = settings.layout
         if isinstance(layout, str):

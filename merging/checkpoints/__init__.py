@@ -35,9 +35,9 @@ def open_checkpoint(path: epath.PathLike, *, params_path: str | None = None) -> 
     path = epath.Path(path)
     if not path.exists():
         raise CheckpointError(f"{path} does not exist: name a checkpoint's folder")
-    known = format_of(path)
+    known = _format_of(path)
     if known == "t5x_orbax":
-        return t5x.open_orbax(path, params_path=params_path)
+        return t5x.OrbaxReader(path, params_path=params_path)
     if known == "orbax":
         return orbax.Reader(path, params_path=params_path)
     if known == "t5x":
@@ -47,15 +47,18 @@ def open_checkpoint(path: epath.PathLike, *, params_path: str | None = None) -> 
     return safetensors.Reader(path)
 
 
-def format_of(path: epath.Path) -> str:
+def _format_of(path: epath.Path) -> str:
     """A name of FORMATS, by what is on disk. Raises CheckpointError with what was found instead."""
     if path.is_file():
         return "safetensors"
     names = sorted(child.name for child in path.iterdir())
     if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
         return "safetensors"
-    if orbax.METADATA_FILE in names or orbax.items_of(path):
-        return "t5x_orbax" if t5x.is_orbax(path) else "orbax"
+    items = orbax.items_of(path)
+    if orbax.METADATA_FILE in names or items:
+        is_one_tree = orbax.METADATA_FILE in names or len(items) == 1
+        is_t5x = is_one_tree and t5x.is_train_state(orbax.array_paths(path))
+        return "t5x_orbax" if is_t5x else "orbax"
     if t5x.FILE in names and (path / t5x.FILE).is_file():
         return "t5x"
     if t5x.FILE in {child.name for child in (path / "state").iterdir()} if "state" in names else ():

@@ -60,6 +60,7 @@ class LeafSpec:
 class Reader(Protocol):
     """One checkpoint, open for reading. Thread-safe: many threads call `read` at once."""
 
+    format: str  # a name of `checkpoints.FORMATS`, or "memory"
     location: str  # path or name, for messages
 
     def specs(self) -> Mapping[str, LeafSpec]:

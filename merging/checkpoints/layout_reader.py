@@ -32,11 +32,9 @@ class LayoutReader:
     Raises CheckpointError where the layout does not fit the leaves.
     """
 
-    # What lies beside the source's arrays, such as config.json, describes another tree.
-    folder = None
-
     def __init__(self, reader: Reader, layout: Layout, *, buffer_bytes: int = BUFFER_BYTES):
         self._reader, self._layout = reader, layout
+        self.format = reader.format
         self.location = f"{reader.location} (layout {layout.name})"
         self._joined = layout.join(reader.specs(), where=reader.location)
         self._tiles = Tiles(reader, nbytes=buffer_bytes)

@@ -22,6 +22,7 @@ from merging.checkpoints.format import Index, LeafSpec
 class Reader:
     """Leaves of a mapping name -> array; nested mappings are joined by `/`. Thread-safe."""
 
+    format = "memory"
     location = "memory"
 
     def __init__(self, tree: Mapping[str, Any], *, stacked: Mapping[str, int] | None = None):

@@ -79,6 +79,8 @@ class Reader(TreeReader):
     Raises CheckpointError where a file isn't as the format says, and as `TreeReader` does.
     """
 
+    format = "orbax"
+
     def __init__(
         self,
         path: epath.PathLike,
@@ -88,9 +90,7 @@ class Reader(TreeReader):
     ):
         place, params_path = find_item(epath.Path(path), params_path)
         folder = Folder(place)
-        raw = file_bytes(folder, METADATA_FILE, _MAX_METADATA_BYTES)
-        where = f"{place / METADATA_FILE}"
-        tree = load_json(raw, where)
+        raw, tree, where = _metadata(folder)
         leaves, constants = _entries(tree, folder, where)
         check_paths(leaves, where)
         context = zarr.Context()
@@ -104,6 +104,13 @@ class Reader(TreeReader):
         self.cache_bytes = context.cache_bytes = wanted if cache_bytes is None else cache_bytes
         header = [raw, *(array.raw for array in arrays.values())]
         super().__init__(str(path), folder, header, arrays, constants, params_path)
+
+
+def array_paths(path: epath.Path) -> list[Path]:
+    """The paths of a tree's arrays, by its metadata alone. Errors as `find_item`, and where that isn't as the format says."""
+    folder = Folder(find_item(path, None)[0])
+    _, tree, where = _metadata(folder)
+    return _entries(tree, folder, where)[0]
 
 
 def find_item(path: epath.Path, params_path: str | None) -> tuple[epath.Path, str | None]:
@@ -131,6 +138,13 @@ def items_of(path: epath.Path) -> list[str]:
         for child in path.iterdir()
         if child.is_dir() and (child / METADATA_FILE).exists()
     )
+
+
+def _metadata(folder: Folder) -> tuple[bytes, Mapping[str, Any], str]:
+    """The metadata of a tree as bytes and as JSON, and its file for messages."""
+    raw = file_bytes(folder, METADATA_FILE, _MAX_METADATA_BYTES)
+    where = f"{folder.path / METADATA_FILE}"
+    return raw, load_json(raw, where), where
 
 
 def _entries(

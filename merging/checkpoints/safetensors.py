@@ -56,6 +56,8 @@ class Reader:
     Raises CheckpointError where the path, the index or a file isn't as the format says.
     """
 
+    format = "safetensors"
+
     def __init__(self, path: epath.PathLike):
         path = epath.Path(path)
         self.location = os.fspath(path)

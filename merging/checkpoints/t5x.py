@@ -14,9 +14,8 @@ Format (Orbax): a step's folder with the item `state`, the same tree. `Reader` r
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -61,6 +60,8 @@ class Reader(TreeReader):
 
     Raises CheckpointError where a file isn't as the format says.
     """
+
+    format = "t5x"
 
     def __init__(
         self,
@@ -150,18 +151,24 @@ class Reader(TreeReader):
         return f"{self._opening.path / FILE}: leaf {show(name_of(path))}"
 
 
-def open_orbax(
-    path: epath.PathLike, *, params_path: str | None = None, cache_bytes: int | None = None
-) -> orbax.Reader:
+class OrbaxReader(orbax.Reader):
     """A T5X checkpoint in Orbax's format: a step's folder, or its `state`. `params_path` is `target` by default."""
-    params_path = TARGET if params_path is None else params_path
-    return orbax.Reader(path, params_path=params_path, cache_bytes=cache_bytes)
+
+    format = "t5x_orbax"
+
+    def __init__(
+        self,
+        path: epath.PathLike,
+        *,
+        params_path: str | None = None,
+        cache_bytes: int | None = None,
+    ):
+        params_path = TARGET if params_path is None else params_path
+        super().__init__(path, params_path=params_path, cache_bytes=cache_bytes)
 
 
-def is_orbax(path: epath.PathLike) -> bool:
+def is_train_state(paths: Collection[Path]) -> bool:
     """Whether an Orbax tree is T5X's: `target` beside `state/step`, and nothing that T5X does not write."""
-    with contextlib.closing(orbax.Reader(path, params_path="")) as reader:
-        paths = reader.structure.paths.values()
     top = {path[0] for path in paths}
     return (_ITEM, "step") in paths and {TARGET, _ITEM} <= top <= {TARGET, _ITEM, "flax_mutables"}
 

@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from merging import manifest
-from merging.checkpoints import FORMATS, format_of, open_checkpoint
+from merging.checkpoints import FORMATS, open_checkpoint
 from merging.checkpoints.format import LeafSpec, Reader
 from merging.checkpoints.known_layouts import in_layout_of
 from merging.checkpoints.layout_reader import BUFFER_BYTES, LayoutReader
@@ -177,10 +177,7 @@ def plan(settings: Settings) -> Plan:
             workers,
         )
 
-        base_path = epath.Path(settings.base)
-        base_format = format_of(base_path)
-        output_format = settings.format or base_format
-        is_folder = base_format == "safetensors" and base_path.is_dir()
+        output_format = settings.format or base_reader.format
         identity = {
             "stage": "merge",
             "merges": {name: repr(each) for name, each in merges.items()},
@@ -205,7 +202,7 @@ def plan(settings: Settings) -> Plan:
         planned = Plan(
             settings=settings,
             format=output_format,
-            carry_from=base_path if is_folder else None,
+            carry_from=base_reader.folder if base_reader.format == "safetensors" else None,
             base=base_reader,
             experts=tuple(readers),
             output=output,

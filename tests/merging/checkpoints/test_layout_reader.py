@@ -23,6 +23,7 @@ from tests.merging.checkpoints.test_layouts import LLAMA, llama, made_of, rules_
 class Counting:
     """A reader that notes what is read from another."""
 
+    format = "memory"
     location = "counting"
 
     def __init__(self, reader: Reader, *, fail_first: bool = False):
