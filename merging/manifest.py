@@ -21,6 +21,8 @@ from typing import Any
 import jax
 from etils import epath
 
+from merging.checkpoints.storage import sync
+
 MANIFEST = "manifest.json"
 MARKER = (
     "unfinished.json"  # in a staging folder from its first moment: shows that it is ours to remove
@@ -71,13 +73,13 @@ class Staging:
         """Writes the manifest, then gives the folder its name."""
         write(self.folder, manifest)
         (self.folder / MARKER).unlink()
-        _sync(self.folder)
+        sync(self.folder)
         if self.output.exists():
             raise OutputError(
                 f"{self.output} has appeared during the run; the result stays in {self.folder}"
             )
         self.folder.rename(self.output)
-        _sync(self.output.parent)
+        sync(self.output.parent)
 
     def discard(self) -> None:
         """Removes the staging folder, if it is there."""
@@ -85,21 +87,11 @@ class Staging:
             self.folder.rmtree()
 
 
-def _sync(path: epath.Path) -> None:
-    """Flushes a local file or folder to the disk; object storage has no need of it."""
-    if os.path.exists(path):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def write(folder: epath.PathLike, manifest: Mapping[str, Any]) -> None:
     """Puts a manifest into a folder, whole or not at all."""
     temporary = epath.Path(folder) / (MANIFEST + ".tmp")
     temporary.write_text(json.dumps(manifest, indent=1) + "\n")
-    _sync(temporary)
+    sync(temporary)
     temporary.rename(epath.Path(folder) / MANIFEST)
 
 

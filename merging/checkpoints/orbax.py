@@ -30,6 +30,7 @@ from merging.checkpoints.boxes import Assembler, chunk_shape
 from merging.checkpoints.folder import Blob, Folder
 from merging.checkpoints.format import CheckpointError, LeafSpec
 from merging.checkpoints.safetensors_header import load_json, show
+from merging.checkpoints.storage import put_file
 from merging.checkpoints.tree_writer import (
     CHUNK_BYTES,
     DatabaseStore,
@@ -38,7 +39,6 @@ from merging.checkpoints.tree_writer import (
     TreeWriter,
     assembler,
     naming,
-    put_file,
     sync_folder,
     sync_tree,
 )

@@ -36,7 +36,7 @@ from merging.checkpoints.huggingface import (
     shard_names,
 )
 from merging.checkpoints.safetensors_header import build_header, read_header, refuse, show
-from merging.checkpoints.storage import ByteSink, ByteSource, is_local
+from merging.checkpoints.storage import ByteSink, ByteSource, put_file, sync
 
 assert sys.byteorder == "little", "safetensors data are little-endian, and so must the host be"
 
@@ -240,7 +240,7 @@ class Writer:
             name: (shard, offset) for shard in self._files for name, offset in shard.offsets.items()
         }
         self._carried = carried_files(carry_from, config_dtype) if is_main else {}
-        self._small: list[ByteSink] = []
+        self._small: list[epath.Path] = []
         # One worker: the disk is one. Its errors surface at the next write or commit.
         self._disk = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="disk")
         self._closing: list[concurrent.futures.Future[None]] = []
@@ -288,14 +288,16 @@ class Writer:
                 self._put(INDEX_FILE, index_json(self.shards, self._specs))
             for name, content in self._carried.items():
                 self._put(name, content if isinstance(content, bytes) else content.read_bytes())
-        if is_local(self._folder):
-            _sync_folder(self._folder)
+        sync(self._folder)
 
     def abort(self) -> None:
         """Removes the files of this writer. Raises nothing for a disk that already failed."""
         self._disk.shutdown(wait=True, cancel_futures=True)
-        for sink in [shard.sink for shard in self._files if shard.sink] + self._small:
-            sink.discard()
+        for shard in self._files:
+            if shard.sink:
+                shard.sink.discard()
+        for path in self._small:
+            path.unlink(missing_ok=True)
 
     def _opened(self, shard: _Shard) -> ByteSink:
         if shard.sink is None or self._closing:
@@ -315,10 +317,8 @@ class Writer:
 
     def _put(self, name: str, content: bytes) -> None:
         """A small file, whole."""
-        sink = ByteSink(self._folder / name)
-        self._small.append(sink)
-        sink.write(0, memoryview(content))
-        sink.close()
+        self._small.append(self._folder / name)
+        put_file(self._small[-1], content)
 
     def _raise_disk_errors(self) -> None:
         for task in self._closing:
@@ -345,11 +345,3 @@ class _Shard:
             self.nbytes += spec.nbytes
         self.sink: ByteSink | None = None
         self.is_closing = False
-
-
-def _sync_folder(folder: epath.Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

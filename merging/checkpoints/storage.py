@@ -199,13 +199,13 @@ class ByteSink:
         self._dirty: list[int] = []  # start and end of what the disk was not yet told to write
         self._waiting: dict[int, bytes] = {}  # remote: by offset, what came too early
         self._at = 0  # remote: how far the object is written
-        with self._naming():
+        with naming(self.path):
             self._handle: BinaryIO = self._closing.enter_context(self.path.open("wb"))
             self._descriptor = self._handle.fileno() if is_local(self.path) else None
 
     def write(self, offset: int, data: memoryview) -> None:
         """Puts bytes at an offset (bytes)."""
-        with self._naming():
+        with naming(self.path):
             if self._descriptor is None:
                 with self._lock:
                     self._append(offset, data)
@@ -226,7 +226,7 @@ class ByteSink:
 
     def close(self) -> None:
         """The bytes are on disk when it returns."""
-        with self._naming(), self._closing:
+        with naming(self.path), self._closing:
             assert not self._waiting, f"{self.path} lacks the bytes from {self._at} on"
             if self._descriptor is not None:
                 os.fsync(self._descriptor)
@@ -245,13 +245,34 @@ class ByteSink:
             self._handle.write(chunk)
             self._at += len(chunk)
 
-    @contextlib.contextmanager
-    def _naming(self) -> Iterator[None]:
+
+def put_file(path: epath.Path, content: bytes) -> None:
+    """A small file, whole; on disk when it returns."""
+    with naming(path), path.open("wb") as handle:
+        handle.write(content)
+        if is_local(path):
+            handle.flush()
+            os.fsync(handle.fileno())
+
+
+def sync(path: epath.PathLike) -> None:
+    """A local file or folder is on disk when it returns; object storage has no need of it."""
+    if is_local(path):
+        descriptor = os.open(path, os.O_RDONLY)
         try:
-            yield
-        except OSError as error:
-            message = error.strerror or str(error)
-            raise OSError(error.errno, message, os.fspath(self.path)) from error
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def naming(path: epath.PathLike) -> Iterator[None]:
+    """Errors of the disk get the name of the file."""
+    try:
+        yield
+    except OSError as error:
+        message = error.strerror or str(error)
+        raise OSError(error.errno, message, os.fspath(path)) from error
 
 
 @functools.cache

@@ -27,13 +27,13 @@ from merging.checkpoints.folder import Blob, Folder
 from merging.checkpoints.format import CheckpointError, LeafSpec
 from merging.checkpoints.msgpack_file import InlineArray
 from merging.checkpoints.safetensors_header import show
+from merging.checkpoints.storage import put_file
 from merging.checkpoints.tree_writer import (
     CHUNK_BYTES,
     FolderStore,
     Leaf,
     TreeWriter,
     assembler,
-    put_file,
     sync_folder,
 )
 from merging.checkpoints.trees import Constant, Path, Stored, TreeReader, check_paths, name_of

@@ -25,7 +25,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from etils import epath
 
-from merging.checkpoints import boxes, zarr
+from merging.checkpoints import boxes, storage, zarr
 from merging.checkpoints.format import CheckpointError, Index, LeafSpec
 from merging.checkpoints.ocdbt import MANIFEST, kvstore
 from merging.checkpoints.safetensors_header import show
@@ -129,6 +129,7 @@ class TreeWriter:
         except CheckpointError as error:
             raise ValueError(str(error)) from None
         self.names_mine = _share(specs, process_index, process_count, self._is_small)
+        self._mine = frozenset(self.names_mine)
         self._rest_mine = [n for i, n in enumerate(rest) if i % process_count == process_index]
         self._assemblers: dict[str, boxes.Assembler] = {}
         self._lock = threading.Lock()  # guards _assemblers
@@ -141,7 +142,7 @@ class TreeWriter:
 
     def write(self, name: str, index: Index, array: np.ndarray) -> None:
         """Stores a box, [*box] in the leaf's dtype: one of `names_mine`. See `format.Writer` for the order."""
-        assert name in self.names_mine, f"{name} is not a leaf of this process's"
+        assert name in self._mine, f"{name} is not a leaf of this process's"
         self._put(self._rooted(name), index, array)
 
     def commit(self) -> None:
@@ -327,7 +328,7 @@ class FolderStore:
             handle.write(value if is_local(path) else bytes(value))
         if is_local(path):
             with self._lock:
-                self._syncs.append(self._pool.submit(_sync, os.fspath(path)))
+                self._syncs.append(self._pool.submit(storage.sync, path))
                 done = self._syncs.popleft() if self._syncs[0].done() else None
             if done is not None:
                 done.result()
@@ -423,24 +424,13 @@ class DatabaseStore:
 
 @contextlib.contextmanager
 def naming(path: epath.Path) -> Iterator[None]:
-    """Errors of the disk with the file's name; tensorstore's too."""
+    """`storage.naming`, of what tensorstore does as well."""
     try:
-        yield
-    except OSError as error:
-        message = error.strerror or str(error)
-        raise OSError(error.errno, message, os.fspath(path)) from error
+        with storage.naming(path):
+            yield
     except ValueError as error:
         number = errno.ENOSPC if "No space left" in str(error) else errno.EIO
         raise OSError(number, str(error), os.fspath(path)) from None
-
-
-def put_file(path: epath.Path, content: bytes) -> None:
-    """A small file, whole, on disk."""
-    with path.open("wb") as handle:
-        handle.write(content)
-        if is_local(path):
-            handle.flush()
-            os.fsync(handle.fileno())
 
 
 def sync_tree(folder: epath.Path) -> None:
@@ -449,29 +439,20 @@ def sync_tree(folder: epath.Path) -> None:
         return
     for place, _, files in os.walk(folder):
         for file in files:
-            _sync(os.path.join(place, file))
-        _sync(place)
+            storage.sync(os.path.join(place, file))
+        storage.sync(place)
 
 
 def sync_folder(folder: epath.Path) -> None:
     """The names of what lies in a folder, and the manifest of a database there, are on a local disk when it returns."""
-    if is_local(folder):
-        for path in (folder / MANIFEST, folder):
-            if path.exists():
-                _sync(os.fspath(path))
+    for path in (folder / MANIFEST, folder):
+        if path.exists():
+            storage.sync(path)
 
 
 def _begin_writeback(path: str) -> None:
     with open(path, "rb") as handle:
         start_writeback(handle.fileno(), 0, 0)  # 0 bytes: to the end
-
-
-def _sync(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def remove(path: epath.Path) -> None:
