@@ -45,7 +45,7 @@ def main(joined: devices.Processes) -> None:
     """Converts as the flags say."""
     if joined.count > 1:
         raise ValueError(f"convert runs in one process, not {joined.count}: start it once")
-    files, bindings = shorthand(
+    files, bindings = gin_config.shorthand(
         {
             "INPUT": INPUT.value,
             "FORMAT": FORMAT.value,
@@ -53,19 +53,11 @@ def main(joined: devices.Processes) -> None:
             "OUTPUT_DIR": OUTPUT.value,
         },
         gin_config.GIN_FILE.value,
+        run_file=RUN_FILE,
     )
     bindings += gin_config.GIN_BINDINGS.value
     resolved = configured(files, bindings, search_paths=gin_config.GIN_SEARCH_PATHS.value)
     convert(resolved, is_dry_run=gin_config.DRY_RUN.value)
-
-
-def shorthand(macros: dict[str, str | None], files: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The gin files and bindings that the short flags stand for, around the files that were given."""
-    bindings = [f"{name} = {value!r}" for name, value in macros.items() if value is not None]
-    all_files = list(files)
-    if (bindings or not files) and RUN_FILE not in files:
-        all_files.insert(0, RUN_FILE)
-    return all_files, bindings
 
 
 def configured(

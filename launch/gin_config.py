@@ -66,6 +66,27 @@ def rewrite_arguments(argv: Sequence[str]) -> list[str]:
     return [_rewritten(argument) for argument in argv]
 
 
+def shorthand(
+    macros: Mapping[str, Any],
+    files: Sequence[str],
+    *,
+    run_file: str,
+    more: Sequence[str] = (),
+) -> tuple[list[str], list[str]]:
+    """The gin files and bindings that short flags stand for, around the files that were given.
+
+    Args:
+      macros: what each flag sets; None was not given.
+      files: given by --gin_file.
+      run_file: the stage's own, read first unless it or others are given and no flag needs it.
+      more: files that flags name, read last.
+    """
+    bindings = [f"{name} = {value!r}" for name, value in macros.items() if value is not None]
+    is_needed = bindings or more or not files
+    first = [run_file] if is_needed and run_file not in files else []
+    return [*first, *files, *more], bindings
+
+
 def register(stage: Callable[..., Any], *, name: str) -> None:
     """Makes the arguments of a stage bindable as `name.argument`. Safe to call twice."""
     _stage(stage, name)

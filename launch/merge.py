@@ -71,14 +71,12 @@ def shorthand(
     files: Sequence[str],
 ) -> tuple[list[str], list[str]]:
     """The gin files and bindings that the short flags stand for, around the files that were given."""
-    macros = {"BASE": base, "EXPERTS": experts, "OUTPUT_DIR": output}
-    bindings = [f"{name} = {value!r}" for name, value in macros.items() if value is not None]
-    all_files = list(files)
-    if (bindings or method or not files) and RUN_FILE not in files:
-        all_files.insert(0, RUN_FILE)
-    if method is not None:
-        all_files.append(f"gin_configs/methods/{method}.gin")
-    return all_files, bindings
+    return gin_config.shorthand(
+        {"BASE": base, "EXPERTS": experts, "OUTPUT_DIR": output},
+        files,
+        run_file=RUN_FILE,
+        more=[] if method is None else [f"gin_configs/methods/{method}.gin"],
+    )
 
 
 def configured(

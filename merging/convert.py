@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,15 +17,15 @@ import numpy as np
 from etils import epath
 
 from merging import manifest
-from merging.checkpoints import FORMATS, open_checkpoint, open_writer
+from merging.checkpoints import open_checkpoint, open_writer
 from merging.checkpoints.format import LeafSpec, Reader, Writer
 from merging.checkpoints.huggingface import read_config
 from merging.checkpoints.known_layouts import named_layout
 from merging.checkpoints.layout_reader import LayoutReader
 from merging.checkpoints.layouts import Layout
 from merging.engine.output import Output
-from merging.engine.pieces import SMALLEST_PIECE, Piece, copied_tensor, pieces_of
-from merging.engine.plan import OUTPUT_DTYPES, size_text
+from merging.engine.pieces import Piece, copied_tensor, piece_limit, pieces_of
+from merging.engine.plan import OUTPUT_DTYPES, check_format, size_text, stored_as
 from merging.engine.resources import PeakResident
 from merging.engine.stream import to_float32
 from merging.engine.workers import work_on
@@ -171,8 +170,7 @@ def plan(settings: Settings) -> Plan:
 
     Raises ValueError (CheckpointError, OutputError) saying what was found, wanted, where, and what to do.
     """
-    if settings.format is not None and settings.format not in FORMATS:
-        raise ValueError(f"FORMAT is {settings.format!r}: choose one of {', '.join(FORMATS)}")
+    check_format(settings.format)
     if settings.output_dtype is not None and settings.output_dtype not in OUTPUT_DTYPES:
         raise ValueError(
             f"OUTPUT_DTYPE is {settings.output_dtype!r}: choose one of {', '.join(OUTPUT_DTYPES)}"
@@ -193,13 +191,7 @@ def plan(settings: Settings) -> Plan:
             # A quarter: transposed leaves read through it, all others don't.
             reader = LayoutReader(reader, layout, buffer_bytes=budget // 4)
             budget -= budget // 4
-        dtype = None if settings.output_dtype is None else np.dtype(settings.output_dtype)
-        specs = {
-            name: dataclasses.replace(spec, dtype=dtype)
-            if dtype is not None and spec.is_merged
-            else spec
-            for name, spec in reader.specs().items()
-        }
+        specs = stored_as(settings.output_dtype, reader.specs())
         identity = {
             "stage": "convert",
             "input": reader.digest(),
@@ -220,7 +212,16 @@ def plan(settings: Settings) -> Plan:
             format=output_format,
             layout=None if layout is None else layout.name,
             specs=specs,
-            limit=_limit(reader.specs(), specs, budget, workers),
+            limit=piece_limit(
+                budget_bytes=budget,
+                # In each worker what is read, what is rearranged and what is written.
+                per_element={
+                    name: workers * (2 * spec.dtype.itemsize + specs[name].dtype.itemsize)
+                    for name, spec in reader.specs().items()
+                },
+                doing="convert",
+                most=PIECE_ELEMENTS,
+            ),
             workers=workers,
             is_done=is_done,
             identity=identity,
@@ -329,36 +330,11 @@ def _read(planned: Plan, piece: Piece) -> np.ndarray:
     return narrow.reshape(array.shape)
 
 
-def _limit(
-    found: Mapping[str, LeafSpec], specs: Mapping[str, LeafSpec], budget_bytes: int, workers: int
-) -> int:
-    """Elements of the largest piece that the budget allows."""
-    widest, name = max(
-        (
-            # In each worker what is read, what is rearranged and what is written.
-            (workers * (2 * spec.dtype.itemsize + specs[name].dtype.itemsize), name)
-            for name, spec in found.items()
-        ),
-        default=(1, "nothing"),
-    )
-    fitting = budget_bytes // widest
-    if fitting < SMALLEST_PIECE:
-        raise ValueError(
-            f"a memory budget of {budget_bytes:,} bytes is too small to convert {name}: pieces of {SMALLEST_PIECE:,} elements"
-            f" need {SMALLEST_PIECE * widest:,} bytes; raise MEMORY_BUDGET_BYTES"
-        )
-    return min(PIECE_ELEMENTS, 1 << int(math.log2(fitting)))
-
-
 def _provenance(planned: Plan) -> dict[str, Any]:
     path, digest = os.fspath(planned.settings.input), planned.reader.digest()
     return {
-        "stage": "convert",
-        "made": manifest.now(),
-        "environment": manifest.environment(),
+        **manifest.provenance(planned.identity),
         "inputs": {"input": {"path": path, "digest": digest}},
-        "identity": planned.identity,
-        "identity_digest": manifest.digest(planned.identity),
         "format": planned.format,
         "layout": planned.layout,
         "stacked": {n: s.stacked for n, s in planned.specs.items() if s.stacked is not None},

@@ -203,6 +203,12 @@ def code_digest() -> str:
     return total.hexdigest()
 
 
-def now() -> str:
-    """The time as ISO 8601, UTC."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+def provenance(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What every manifest says: the stage, when (ISO 8601, UTC) and where it ran, and what `is_done` compares."""
+    return {
+        "stage": identity["stage"],
+        "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "environment": environment(),
+        "identity": dict(identity),
+        "identity_digest": digest(identity),
+    }

@@ -315,8 +315,6 @@ class _Run:
             }
             shared = {
                 **self._provenance(),
-                "identity": plan.identity,
-                "identity_digest": manifest.digest(plan.identity),
                 "config": config_text,
             }
             for number, (name, method) in enumerate(plan.merges.items()):
@@ -336,9 +334,7 @@ class _Run:
     def _provenance(self) -> dict[str, Any]:
         plan = self.plan
         return {
-            "stage": "merge",
-            "made": manifest.now(),
-            "environment": manifest.environment(),
+            **manifest.provenance(plan.identity),
             "inputs": {
                 "base": {"path": plan.base.location, "digest": plan.base.digest()},
                 "experts": [{"path": r.location, "digest": r.digest()} for r in plan.experts],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -142,16 +142,28 @@ def bytes_per_element(
     return workers * (inputs + SCRATCH_BYTES + outputs * out_itemsize)
 
 
-def piece_limit(*, budget_bytes: int, per_element: int, name: str) -> int:
-    """Elements of a piece under the budget, a power of two.
+def piece_limit(
+    *,
+    budget_bytes: int,
+    per_element: Mapping[str, int],
+    doing: str,
+    instead: str = "",
+    most: int | None = None,
+) -> int:
+    """Elements of the largest piece that the budget allows, a power of two.
 
-    Raises ValueError, with the bytes needed, if not even the smallest piece fits.
+    Args:
+      per_element: bytes that an element takes in all workers, by leaf.
+      doing, instead: for the message: "merge", and what else would help.
+      most: elements of a piece, whatever the budget; PIECE_ELEMENTS if not given.
+
+    Raises ValueError, with the bytes needed, if not even the smallest piece of the widest leaf fits.
     """
-    fitting = budget_bytes // per_element
+    widest, name = max(((each, name) for name, each in per_element.items()), default=(1, "nothing"))
+    fitting = budget_bytes // widest
     if fitting < SMALLEST_PIECE:
         raise ValueError(
-            f"a memory budget of {budget_bytes:,} bytes is too small to merge {name}: pieces of"
-            f" {SMALLEST_PIECE:,} elements need {SMALLEST_PIECE * per_element:,} bytes; raise"
-            " MEMORY_BUDGET_BYTES or merge fewer experts or methods at once"
+            f"a memory budget of {budget_bytes:,} bytes is too small to {doing} {name}: pieces of"
+            f" {SMALLEST_PIECE:,} elements need {SMALLEST_PIECE * widest:,} bytes; raise MEMORY_BUDGET_BYTES{instead}"
         )
-    return min(PIECE_ELEMENTS, 1 << (fitting.bit_length() - 1))
+    return min(PIECE_ELEMENTS if most is None else most, 1 << (fitting.bit_length() - 1))

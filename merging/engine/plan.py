@@ -16,6 +16,7 @@ from merging.checkpoints import FORMATS, open_checkpoint
 from merging.checkpoints.format import LeafSpec, Reader
 from merging.checkpoints.known_layouts import in_layout_of
 from merging.checkpoints.layout_reader import BUFFER_BYTES, LayoutReader
+from merging.checkpoints.tree_writer import OPTIMIZER_STATES
 from merging.engine.compatible import check_compatible, with_stacked
 from merging.engine.pieces import bytes_per_element, piece_limit
 from merging.methods.method import Method
@@ -159,22 +160,24 @@ def plan(settings: Settings) -> Plan:
         buffer_bytes = min(BUFFER_BYTES, settings.memory_budget_bytes // (4 * len(readers)))
         readers = [in_layout_of(base_specs, r, buffer_bytes=buffer_bytes) for r in readers]
         check_compatible(base_reader, readers)
-        dtype = None if settings.output_dtype is None else np.dtype(settings.output_dtype)
-        specs = {
-            name: dataclasses.replace(spec, dtype=dtype)
-            if dtype is not None and spec.is_merged
-            else spec
-            for name, spec in base_specs.items()
-        }
+        specs = stored_as(settings.output_dtype, base_specs)
         workers = max(2, os.cpu_count() or 1)
         rearranged = sum(isinstance(reader, LayoutReader) for reader in readers)
-        limit = _limit(
-            base_specs,
-            readers,
-            specs,
-            len(merges),
-            settings.memory_budget_bytes - rearranged * buffer_bytes,
-            workers,
+        expert_specs = [reader.specs() for reader in readers]
+        limit = piece_limit(
+            budget_bytes=settings.memory_budget_bytes - rearranged * buffer_bytes,
+            per_element={
+                name: bytes_per_element(
+                    spec,
+                    [of_expert[name] for of_expert in expert_specs],
+                    len(merges),
+                    specs[name].dtype.itemsize,
+                    workers,
+                )
+                for name, spec in base_specs.items()
+            },
+            doing="merge",
+            instead=" or merge fewer experts or methods at once",
         )
 
         output_format = settings.format or base_reader.format
@@ -259,9 +262,8 @@ def _check_settings(settings: Settings, merges: Mapping[str, Method]) -> None:
         raise ValueError(
             f"output_dtype is {settings.output_dtype!r}: choose one of {', '.join(OUTPUT_DTYPES)}"
         )
-    if settings.format is not None and settings.format not in FORMATS:
-        raise ValueError(f"FORMAT is {settings.format!r}: choose one of {', '.join(FORMATS)}")
-    if settings.optimizer_state not in ("drop", "base"):
+    check_format(settings.format)
+    if settings.optimizer_state not in OPTIMIZER_STATES:
         raise ValueError(
             f"OPTIMIZER_STATE is {settings.optimizer_state!r}: choose 'drop' or 'base'"
         )
@@ -273,33 +275,21 @@ def _check_settings(settings: Settings, merges: Mapping[str, Method]) -> None:
         raise ValueError(f"seed is {settings.seed!r}: give an integer")
 
 
-def _limit(
-    base_specs: Mapping[str, LeafSpec],
-    experts: Sequence[Reader],
-    specs: Mapping[str, LeafSpec],
-    merges: int,
-    budget_bytes: int,
-    workers: int,
-) -> int:
-    """Elements of the largest piece that the budget allows, for the widest leaf."""
-    expert_specs = [expert.specs() for expert in experts]
-    widest, name = max(
-        (
-            (
-                bytes_per_element(
-                    spec,
-                    [s[name] for s in expert_specs],
-                    merges,
-                    specs[name].dtype.itemsize,
-                    workers,
-                ),
-                name,
-            )
-            for name, spec in base_specs.items()
-        ),
-        default=(1, "nothing"),
-    )
-    return piece_limit(budget_bytes=budget_bytes, per_element=widest, name=name)
+def check_format(name: str | None) -> None:
+    """Raises ValueError for a FORMAT that is none."""
+    if name is not None and name not in FORMATS:
+        raise ValueError(f"FORMAT is {name!r}: choose one of {', '.join(FORMATS)}")
+
+
+def stored_as(output_dtype: str | None, specs: Mapping[str, LeafSpec]) -> dict[str, LeafSpec]:
+    """The leaves of an output, float ones in another type; None keeps the type of each."""
+    if output_dtype is None:
+        return dict(specs)
+    dtype = np.dtype(output_dtype)
+    return {
+        name: dataclasses.replace(spec, dtype=dtype) if spec.is_merged else spec
+        for name, spec in specs.items()
+    }
 
 
 def size_text(nbytes: float) -> str:

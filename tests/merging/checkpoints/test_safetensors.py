@@ -21,7 +21,6 @@ import safetensors.numpy
 from hypothesis import strategies as st
 
 from merging.checkpoints import huggingface, safetensors_header, storage
-from merging.checkpoints import safetensors as ours
 from merging.checkpoints.format import CheckpointError, LeafSpec
 from merging.checkpoints.safetensors import Reader, Writer, plan_shards
 from merging.checkpoints.storage import ByteSource
