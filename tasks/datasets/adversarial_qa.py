@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tasks.dataset import Dataset, Generated, Row
+from tasks import wordings
+from tasks.dataset import Dataset, Row
 from tasks.sources import HuggingFace
 
 
@@ -24,23 +25,7 @@ def against(reader: str) -> Dataset:
         fields=("context", "question", "answers"),
         view=view,
         view_fields=("answer", "all_answers"),
-        prompts={
-            "passage": Generated(
-                inputs="{context}\n\nUsing only words of the passage above, answer: {question}",
-                targets="{answer}",
-                references="all_answers",
-            ),
-            "question_first": Generated(
-                inputs="Question: {question}\nFind the answer in this text.\n\n{context}\n\nAnswer:",
-                targets="{answer}",
-                references="all_answers",
-            ),
-            "span": Generated(
-                inputs="Copy the part of the text that answers the question.\n\nText: {context}\nQuestion: {question}\nPart:",
-                targets="{answer}",
-                references="all_answers",
-            ),
-        },
+        prompts=wordings.PASSAGE,
         sources={
             "": HuggingFace(
                 repository="UCLNLP/adversarial_qa",

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from tasks.dataset import Dataset, Ranked, Row
+from tasks import wordings
+from tasks.dataset import Dataset, Ranked
 from tasks.sources import HuggingFace, JsonLines
-
-
-def view(row: Row) -> Row:
-    """The hypothesis without its full stop."""
-    return {**row, "hypothesis": row["hypothesis"].rstrip(".")}
 
 
 def round_of(number: int, train: int, validation: int) -> Dataset:
@@ -34,7 +30,7 @@ def round_of(number: int, train: int, validation: int) -> Dataset:
         link="https://github.com/facebookresearch/anli",
         aliases=("anli", "adversarial_nli"),
         fields=("premise", "hypothesis", "label"),
-        view=view,
+        view=wordings.stated,
         prompts={
             "follows": Ranked(
                 inputs="{premise}\n\nDoes it follow that {hypothesis}?",

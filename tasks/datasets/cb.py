@@ -5,14 +5,9 @@ Scored, but not counted among the study's datasets.
 
 from __future__ import annotations
 
-from tasks.dataset import Dataset, Ranked, Row
+from tasks import wordings
+from tasks.dataset import Dataset, Ranked
 from tasks.sources import Tfds
-
-
-def view(row: Row) -> Row:
-    """The hypothesis without its full stop."""
-    return {**row, "hypothesis": row["hypothesis"].rstrip(".")}
-
 
 DATASETS = (
     Dataset(
@@ -24,7 +19,7 @@ DATASETS = (
         link="https://super.gluebenchmark.com/",
         aliases=("super_glue/cb", "commitmentbank", "commitment_bank"),
         fields=("premise", "hypothesis", "label"),
-        view=view,
+        view=wordings.stated,
         prompts={
             "follows": Ranked(
                 inputs="{premise}\n\nDoes it follow that {hypothesis}?",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tasks.dataset import Dataset, Generated, Row
+from tasks import wordings
+from tasks.dataset import Dataset, Row
 from tasks.sources import HuggingFace
 
 
@@ -22,21 +23,7 @@ DATASETS = (
         fields=("input", "output"),
         view=view,
         view_fields=("question", "answer", "all_answers"),
-        prompts={
-            "plain": Generated(
-                inputs="{question}\nAnswer in a few words:",
-                targets="{answer}",
-                references="all_answers",
-            ),
-            "quiz": Generated(
-                inputs="You are in a quiz, and no book may be opened. The question is: {question}",
-                targets="{answer}",
-                references="all_answers",
-            ),
-            "facts": Generated(
-                inputs="Question: {question}\nAnswer:", targets="{answer}", references="all_answers"
-            ),
-        },
+        prompts=wordings.CLOSED_BOOK,
         sources={
             "": HuggingFace(
                 repository="facebook/kilt_tasks",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tasks.dataset import Dataset, Ranked
+from tasks import wordings
+from tasks.dataset import Dataset
 from tasks.sources import JsonLines
 
 DATASETS = (
@@ -12,20 +13,7 @@ DATASETS = (
         metric="accuracy",
         link="https://github.com/google-research-datasets/paws",
         fields=("sentence1", "sentence2", "label"),
-        prompts={
-            "same": Ranked(
-                inputs="First: {sentence1}\nSecond: {sentence2}\nDo the two sentences say the same?",
-                choices=("no", "yes"),
-            ),
-            "replace": Ranked(
-                inputs='Could "{sentence1}" be replaced with "{sentence2}" without a change of meaning?',
-                choices=("No", "Yes"),
-            ),
-            "label": Ranked(
-                inputs="A: {sentence1}\nB: {sentence2}\nA and B are equivalent or different:",
-                choices=("different", "equivalent"),
-            ),
-        },
+        prompts=wordings.SAME_MEANING,
         sources={"local": JsonLines(files="paws.jsonl.gz", columns="fields")},
     ),
 )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tasks.dataset import Dataset, Ranked
+from tasks import wordings
+from tasks.dataset import Dataset
 from tasks.sources import JsonLines
 
 DATASETS = (
@@ -12,19 +13,7 @@ DATASETS = (
         metric="accuracy",
         link="https://archive.ics.uci.edu/dataset/331/",
         fields=("text", "label"),
-        prompts={
-            "liked": Ranked(
-                inputs="{text}\n\nDid the writer of this review like it?", choices=("no", "yes")
-            ),
-            "tone": Ranked(
-                inputs="Review: {text}\nIs its tone negative or positive?",
-                choices=("negative", "positive"),
-            ),
-            "recommend": Ranked(
-                inputs="This is what a reviewer says.\n{text}\nWould this reviewer rather warn of it or recommend it?",
-                choices=("warn of it", "recommend it"),
-            ),
-        },
+        prompts=wordings.REVIEW,
         sources={"local": JsonLines(files="review_sentences.jsonl.gz", columns="fields")},
     ),
 )

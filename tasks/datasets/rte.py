@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from tasks.dataset import Dataset, Ranked, Row
+from tasks import wordings
+from tasks.dataset import Dataset, Ranked
 from tasks.sources import JsonLines, Tfds
-
-
-def view(row: Row) -> Row:
-    """The hypothesis without its full stop."""
-    return {**row, "hypothesis": row["hypothesis"].rstrip(".")}
-
 
 DATASETS = (
     Dataset(
@@ -20,7 +15,7 @@ DATASETS = (
         link="https://super.gluebenchmark.com/",
         aliases=("glue/rte", "super_glue/rte", "recognizing_textual_entailment"),
         fields=("premise", "hypothesis", "label"),
-        view=view,
+        view=wordings.stated,
         prompts={
             "follows": Ranked(
                 inputs="{premise}\n\nDoes it follow that {hypothesis}?", choices=("yes", "no")

@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-from tasks.dataset import Dataset, Generated, Row
+from tasks import wordings
+from tasks.dataset import Dataset
 from tasks.sources import JsonLines
-
-
-def view(row: Row) -> Row:
-    """The first answer is learnt; all count as right."""
-    return {
-        "question": row["question"].rstrip("?") + "?",
-        "answer": row["target"],
-        "all_answers": tuple(row["targets"]),
-    }
-
 
 DATASETS = (
     Dataset(
@@ -22,23 +13,9 @@ DATASETS = (
         metric="squad",
         link="https://nlp.stanford.edu/software/sempre/",
         fields=("question", "target", "targets"),
-        view=view,
+        view=wordings.asked,
         view_fields=("answer", "all_answers"),
-        prompts={
-            "plain": Generated(
-                inputs="{question}\nAnswer in a few words:",
-                targets="{answer}",
-                references="all_answers",
-            ),
-            "quiz": Generated(
-                inputs="You are in a quiz, and no book may be opened. The question is: {question}",
-                targets="{answer}",
-                references="all_answers",
-            ),
-            "facts": Generated(
-                inputs="Question: {question}\nAnswer:", targets="{answer}", references="all_answers"
-            ),
-        },
+        prompts=wordings.CLOSED_BOOK,
         sources={"local": JsonLines(files="web_questions.jsonl.gz", columns="fields")},
     ),
 )
