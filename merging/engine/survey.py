@@ -11,13 +11,20 @@ Only counts are added up, so the facts are the same whatever the slices, the ord
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
-from merging.engine.packed import count_bits, count_fields, nonzero_in_any
+from merging.engine.packed import (
+    IN_A_WORD,
+    count,
+    counted_bit,
+    found_bit,
+    has_alarm,
+    with_any_found,
+)
 from merging.engine.pieces import Piece, Tensor, piece_at, pieces_of
 from merging.engine.step import Facts, Question, codes_step, in_worker, survey_step
 from merging.engine.stream import LoadedPiece, Stream, padded_size, take, to_float32
@@ -91,20 +98,23 @@ class MethodSurvey:
         """What to count in this tensor next."""
         edges = None
         if self.searches:
-            edges = self._remember("edges", tensor, lambda searches: [_edges(s) for s in searches])
+            edges = self._remember(
+                "edges",
+                tensor,
+                lambda searches: np.array([_edges(s) for s in searches], np.float32),
+            )
         return Question(self.method, Facts(l1=self.l1.get(tensor.path)), edges)
 
-    def brackets(self, tensor: Tensor) -> dict[int, Bracket]:
-        """The brackets that `question` asks for, by expert; none for what is known."""
-        searches = self.searches[self.group(tensor)]
-        return {i: search.bracket() for i, search in enumerate(searches) if not search.is_done}
+    def brackets(self, tensor: Tensor) -> Brackets:
+        """The brackets that `question` asks for."""
+        return self._remember("brackets", tensor, Brackets.of)
 
     def facts(self, tensor: Tensor) -> Facts:
         """What the merge of this tensor needs, once everything is known."""
         thresholds = None
         if self.searches:
             thresholds = self._remember(
-                "thresholds", tensor, lambda searches: [search.threshold for search in searches]
+                "thresholds", tensor, lambda searches: np.array([s.threshold for s in searches])
             )
         return Facts(
             thresholds=thresholds,
@@ -112,14 +122,35 @@ class MethodSurvey:
             l1=self.l1.get(tensor.path),
         )
 
-    def _remember(
-        self, what: str, tensor: Tensor, compute: Callable[[list[Search]], list[Any]]
-    ) -> np.ndarray:
-        """float32 numbers of the tensor's searches; computed anew for every piece they would cost more than the piece."""
+    def _remember(self, what: str, tensor: Tensor, compute: Callable[[list[Search]], Any]) -> Any:
+        """What follows from the tensor's searches; computed anew for every piece it would cost more than the piece."""
         key = what, self.group(tensor)
         if key not in self._known:
-            self._known[key] = np.array(compute(self.searches[key[1]]), np.float32)
+            self._known[key] = compute(self.searches[key[1]])
         return self._known[key]
+
+
+@dataclasses.dataclass(frozen=True)
+class Brackets:
+    """The brackets of all searches that are not done, and their bins, those of one expert behind those of another.
+
+    Attributes:
+      low, shift: int64 [N], as in `Bracket`.
+      first: int64 [N + 1], where each expert's bins begin, and where all end; those that are done have none.
+    """
+
+    low: np.ndarray
+    shift: np.ndarray
+    first: np.ndarray
+
+    @classmethod
+    def of(cls, searches: Sequence[Search]) -> Brackets:
+        brackets = [Bracket(0, 0, 0, 0) if s.is_done else s.bracket() for s in searches]
+        return cls(
+            low=np.array([b.low for b in brackets], np.int64),
+            shift=np.array([b.shift for b in brackets], np.int64),
+            first=np.cumsum([0, *(b.bins for b in brackets)]),
+        )
 
 
 def _edges(search: Search) -> tuple[np.float32, np.float32, np.float32]:
@@ -216,10 +247,16 @@ def _what(surveys: Sequence[MethodSurvey]) -> str:
 
 @dataclasses.dataclass
 class _Tally:
-    """Counts of one method's brackets in one group."""
+    """Counts of one method's brackets in one group.
 
-    above: np.ndarray  # int64 [N]
-    bins: list[np.ndarray]  # per expert int64 [bins of its bracket]
+    Attributes:
+      above: int64 [N].
+      bins: int64, of all `brackets` one after another.
+    """
+
+    above: np.ndarray
+    bins: np.ndarray
+    brackets: Brackets
 
 
 @dataclasses.dataclass
@@ -228,12 +265,12 @@ class _Counted:
 
     Attributes:
       above: int64 [N]; None without a trim.
-      codes: per expert, the number of the bin of each element in the bracket.
+      bins: int64, of every entry that lies in a bracket the number of its bin among those of all experts.
       votes: int64 [5], in the order of `Votes`.
     """
 
     above: np.ndarray | None
-    codes: list[np.ndarray]
+    bins: np.ndarray
     votes: np.ndarray
 
 
@@ -257,8 +294,7 @@ def _survey_counts(
                 tallies[key] = _empty_tally(survey, key[1])
             tally = tallies[key]
             tally.above += found.above
-            for bins, codes in zip(tally.bins, found.codes, strict=True):
-                np.add.at(bins, codes, 1)
+            np.add.at(tally.bins, found.bins, 1)
         path = piece.tensor.path
         left[path] -= piece.size
         if not left[path]:
@@ -272,9 +308,8 @@ def _survey_counts(
     for number, survey in enumerate(surveys):
         if MODEL in survey.searches:
             tally = tallies.setdefault((number, MODEL), _empty_tally(survey, MODEL))
-            counts = [tally.above, *tally.bins]
-            total = combine(np.concatenate(counts))
-            tally.above, *tally.bins = np.split(total, np.cumsum([len(c) for c in counts])[:-1])
+            total = combine(np.concatenate([tally.above, tally.bins]))
+            tally.above, tally.bins = np.split(total, [len(tally.above)])
     _narrow(surveys, tallies, MODEL)
     # A host whose guesses were not all exact makes the votes of all uncertain.
     inexact = [
@@ -295,8 +330,9 @@ def _narrow(
         tally = tallies.pop((number, group), None)
         if tally is None:
             continue
+        of_experts = np.split(tally.bins, tally.brackets.first[1:-1])
         for search, above, bins in zip(
-            survey.searches[group], tally.above, tally.bins, strict=True
+            survey.searches[group], tally.above, of_experts, strict=True
         ):
             if not search.is_done:
                 search.narrow_by_bins(search.bracket(), int(above), bins)
@@ -304,10 +340,9 @@ def _narrow(
 
 
 def _empty_tally(survey: MethodSurvey, group: str) -> _Tally:
-    searches = survey.searches[group]
+    brackets = Brackets.of(survey.searches[group])
     return _Tally(
-        np.zeros(len(searches), np.int64),
-        [np.zeros(0 if s.is_done else s.bracket().bins, np.int64) for s in searches],
+        np.zeros(survey.experts, np.int64), np.zeros(brackets.first[-1], np.int64), brackets
     )
 
 
@@ -329,62 +364,81 @@ def _count(surveys: Sequence[MethodSurvey], stream: Stream, loaded: LoadedPiece)
         questions, base, experts, loaded.keys, loaded.offset, geometry=loaded.geometry
     )
     counted = []
-    for survey, question, fields in zip(surveys, questions, packed, strict=True):
-        fields = [np.asarray(field)[: loaded.size] for field in fields]
-        if fields[-1].max() >= 8:
+    for survey, question, words in zip(surveys, questions, packed, strict=True):
+        words = [np.asarray(word)[: loaded.size] for word in words]
+        if has_alarm(words):
             stream.blame_not_finite(loaded)
-        counted.append(_count_fields(survey, question, fields, loaded))
+        counted.append(_count_words(survey, question, words, loaded))
     return counted
 
 
-def _count_fields(
-    survey: MethodSurvey, question: Question, fields: list[np.ndarray], loaded: LoadedPiece
+def _count_words(
+    survey: MethodSurvey, question: Question, words: list[np.ndarray], loaded: LoadedPiece
 ) -> _Counted:
-    vote = fields[-1]
     if question.edges is None:  # every vote is certain
-        positive, negative = count_bits(vote, 2)
+        positive, negative = count(words, 2)
         votes = np.array([positive, negative, positive, negative, 0], np.int64)
-        return _Counted(None, [], votes)
-    positive, negative, uncertain = count_bits(vote, 3)
-    certain = vote * (vote < 4)  # the vote byte where no expert is in its bracket
-    votes = np.array([positive, negative, *count_bits(certain, 2), uncertain], np.int64)
+        return _Counted(None, np.zeros(0, np.int64), votes)
     number = len(loaded.experts)
-    width = -(-number // 8)
-    above = count_fields(fields[:width], number)
-    brackets = survey.brackets(loaded.tensor)
-    codes = [np.zeros(0, np.int64)] * number
-    if brackets:
-        inside = fields[width : 2 * width]
-        codes = _codes_inside(brackets, question, inside, loaded)
-    return _Counted(above, codes, votes)
+    *above, positive, negative = count(words, number + 2)
+    chosen = with_any_found(words)
+    flags = [word[chosen] for word in words]
+    uncertain = [
+        np.count_nonzero(flags[i // IN_A_WORD] & counted_bit(i)) for i in (number, number + 1)
+    ]
+    votes = [positive, negative, positive - uncertain[0], negative - uncertain[1], len(chosen)]
+    return _Counted(
+        np.array(above, np.int64),
+        _bins_inside(survey, question, flags, chosen, loaded),
+        np.array(votes, np.int64),
+    )
 
 
-def _codes_inside(
-    brackets: Mapping[int, Bracket],
+def _bins_inside(
+    survey: MethodSurvey,
     question: Question,
-    inside: list[np.ndarray],
+    flags: list[np.ndarray],
+    chosen: np.ndarray,
     loaded: LoadedPiece,
-) -> list[np.ndarray]:
-    """Per expert, the bins of the elements that lie in its bracket, from their exact magnitudes."""
-    result = [np.zeros(0, np.int64)] * len(loaded.experts)
-    chosen = nonzero_in_any(inside)
-    flags = [field[chosen] for field in inside]
+) -> np.ndarray:
+    """Every entry of `chosen` elements that lies in its expert's bracket: the number of its bin, from its magnitude."""
+    brackets = survey.brackets(loaded.tensor)
+    inside = [
+        np.flatnonzero((flags[i // IN_A_WORD] & found_bit(i)) != 0) for i in range(survey.experts)
+    ]
     # Only what survived a drop can lie in a bracket that excludes zero: there the vector is the plain one.
-    is_plain = question.facts.l1 is None and all(b.low > 0 for b in brackets.values())
-    codes = None if is_plain else gathered_codes(question, loaded, chosen)
-    for i, bracket in brackets.items():
-        is_inside = (flags[i // 8] >> np.uint8(i % 8)) & np.uint8(1) != 0
-        found = _plain_codes(loaded, i, chosen[is_inside]) if is_plain else codes[i][is_inside]
-        result[i] = (found.astype(np.int64) - bracket.low) >> bracket.shift
-    return result
+    if question.facts.l1 is None and np.all(brackets.low[np.diff(brackets.first) > 0] > 0):
+        codes = _plain_codes(loaded, chosen, inside)
+    else:
+        every = gathered_codes(question, loaded, chosen)
+        codes = [row[at] for row, at in zip(every, inside, strict=True)]
+    parts = zip(codes, brackets.low, brackets.shift, brackets.first, strict=False)
+    return np.concatenate(
+        [first + ((code.astype(np.int64) - low) >> shift) for code, low, shift, first in parts]
+    )
 
 
-def _plain_codes(loaded: LoadedPiece, expert: int, chosen: np.ndarray) -> np.ndarray:
-    """Magnitude codes of one expert's plain task vector at chosen elements, as XLA computes them: int64 [chosen]."""
-    ours, base = (to_float32(array[chosen]) for array in (loaded.experts[expert], loaded.base))
-    for array in (ours, base):
-        array[np.abs(array) < np.finfo(np.float32).tiny] = 0  # XLA:CPU reads subnormals as zero
-    return code_of(ours - base)
+def _plain_codes(
+    loaded: LoadedPiece, chosen: np.ndarray, inside: Sequence[np.ndarray]
+) -> list[np.ndarray]:
+    """Magnitude codes of entries of each expert's plain task vector, as XLA computes them: int64 [len(inside[i])].
+
+    Args:
+      chosen: elements of the piece. inside: for each expert, which of them.
+    """
+    base = _flushed(take(loaded.base, chosen))
+    codes = []
+    for expert, at in zip(loaded.experts, inside, strict=True):
+        ours = _flushed(take(expert, chosen[at]))
+        codes.append(code_of(ours - base[at]))
+    return codes
+
+
+def _flushed(array: np.ndarray) -> np.ndarray:
+    """In float32, with subnormal numbers as zero, as XLA:CPU reads them."""
+    array = to_float32(array)
+    array[np.abs(array) < np.finfo(np.float32).tiny] = 0
+    return array
 
 
 def gathered_codes(question: Question, loaded: LoadedPiece, chosen: np.ndarray) -> np.ndarray:
@@ -423,7 +477,7 @@ def _propose(
             every = np.arange(loaded.size)
             for number, survey in enumerate(asking):
                 if type(survey.method).vectors is TaskVectorMethod.vectors:
-                    found = [_plain_codes(loaded, i, every) for i in range(survey.experts)]
+                    found = _plain_codes(loaded, every, [every] * survey.experts)
                 else:
                     found = gathered_codes(survey.question(piece.tensor), loaded, every)
                 for i, row in enumerate(found):
