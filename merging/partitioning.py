@@ -141,10 +141,10 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
 
     Raises ValueError that names every parameter and axis that its rule does not cut evenly.
     """
-    boxed, structure = jax.tree.flatten_with_path(tree, is_leaf=_is_box)
+    boxed, structure = jax.tree.flatten_with_path(tree, is_leaf=is_box)
     found, uneven = [], []
     for path, leaf in boxed:
-        names, shape = (leaf.names, leaf.value.shape) if _is_box(leaf) else ((), leaf.shape)
+        names, shape = (leaf.names, leaf.value.shape) if is_box(leaf) else ((), leaf.shape)
         spec = _spec(names, mesh)
         uneven += _uneven(of_tree_path(path), names, shape, spec, mesh)
         found.append(NamedSharding(mesh, spec))
@@ -219,7 +219,8 @@ def _boxed(leaf: Any, names: tuple[str | None, ...]) -> nn.LogicallyPartitioned:
     return nn.LogicallyPartitioned(leaf, names=names)
 
 
-def _is_box(leaf: Any) -> bool:
+def is_box(leaf: Any) -> bool:
+    """Whether an array of a tree comes in a box with the names of its axes."""
     return isinstance(leaf, nn.LogicallyPartitioned)
 
 

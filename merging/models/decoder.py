@@ -267,16 +267,18 @@ class Decoder(nn.Module):
 
 def logical_axes(model: Decoder) -> Any:
     """The tree of parameters, with a PartitionSpec of logical axis names in place of each array; nothing is allocated."""
-    return nn.get_partition_spec(_abstract(model))["params"]
+    return nn.get_partition_spec(boxed_params(model))
 
 
 def abstract_params(model: Decoder) -> Any:
     """The tree of parameters, with a ShapeDtypeStruct in place of each array; nothing is allocated."""
-    return nn.unbox(_abstract(model))["params"]
+    return nn.unbox(boxed_params(model))
 
 
-def _abstract(model: Decoder) -> Any:
-    return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+def boxed_params(model: Decoder) -> Any:
+    """The same, boxed with the names of their axes: what `partitioning.shardings` reads."""
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
 
 
 def _written(
