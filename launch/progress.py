@@ -149,6 +149,49 @@ class Training:
         pass
 
 
+class Evaluating:
+    """Lines of a run that evaluates: examples, speed and the time left. Called with (model, examples done, of how many)."""
+
+    def __init__(
+        self,
+        *,
+        models: int,
+        stream: TextIO | None = None,
+        is_shown: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        """`models`: that are evaluated in all. The other arguments are those of `Progress`."""
+        self._models, self._stream, self._is_shown = models, stream or sys.stderr, is_shown
+        self._clock = clock
+        self._seen: dict[
+            str, int
+        ] = {}  # model -> examples that were done when it was first heard of
+        self._started = self._told = clock()
+        self._before = 0  # examples that this run did for earlier models
+
+    def __call__(self, model: str, done: int, total: int) -> None:
+        if not self._is_shown:
+            return
+        if model not in self._seen:
+            self._before += sum(total - first for first in list(self._seen.values())[-1:])
+            self._seen[model] = done
+        now = self._clock()
+        if now - self._told < LINE_PERIOD_S and done < total:
+            return
+        self._told = now
+        told = f"{model} ({len(self._seen)}/{self._models}): {done:,}/{total:,} examples"
+        rate = (self._before + done - self._seen[model]) / max(now - self._started, 1e-9)
+        if rate > 0:
+            left = (total - done + (self._models - len(self._seen)) * total) / rate
+            told += f", {rate:,.0f} examples/s" + (f", {duration(left)} left" if left else "")
+        self.log(told)
+
+    def log(self, text: str) -> None:
+        """A line of words."""
+        if self._is_shown:
+            print(text, file=self._stream, flush=True)
+
+
 def duration(seconds: float) -> str:
     """`12 s`, `3 min 20 s`, `2 h 5 min`."""
     seconds = round(seconds)

@@ -116,11 +116,12 @@ class Decoder(nn.Module):
         tokens: Int[Array, "B T"],
         *,
         segment_ids: Int[Array, "B T"] | None = None,
+        shared_mask: Bool[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
         prefix_mask: Bool[Array, "B T"] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "B T d"]:
-        """The normed states that `readout` reads; the arguments are those of `__call__`."""
+        """The normed states that `readout` reads; the arguments are those of `__call__`, and `shared_mask` as in `row_mask`."""
         if positions is None:
             positions = jnp.arange(tokens.shape[1])[None]
         views = [
@@ -129,7 +130,9 @@ class Decoder(nn.Module):
                 row_mask(
                     tokens.shape[1],
                     segment_ids=segment_ids,
+                    shared_mask=shared_mask,
                     prefix_mask=prefix_mask,
+                    positions=positions,
                     window=window,
                 ),
             )

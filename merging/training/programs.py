@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from merging import partitioning
 from merging.engine.programs import Program
-from merging.evaluation.score import score
+from merging.evaluation.score import Choices, score
 from merging.models.decoder import Cache, Decoder, boxed_params
 from merging.training.batch import Batch
 from merging.training.step import init_state, train_step
@@ -33,7 +33,7 @@ class Work:
 
     Attributes:
       rows, length: of a batch that is trained on or scored, in rows and tokens a row.
-      prompts, prompt_length, new_tokens: of decoding, whose cache has room for both.
+      prompts, prompt_length, new_tokens: of decoding, whose cache has room for both; a scored row has new_tokens targets.
       microbatches, vocabulary_chunks: see `training.step.train_step`; scoring has the same chunks.
     """
 
@@ -95,7 +95,10 @@ def _train(
 
 def _score(model: Decoder, mesh: Mesh, work: Work) -> Program:
     step = functools.partial(score, model, vocabulary_chunks=work.vocabulary_chunks)
-    arguments = placed_params(model, mesh), _rows(_batch(work), mesh)
+    tokens = jax.ShapeDtypeStruct((work.rows, work.length), jnp.int32)
+    targets = jax.ShapeDtypeStruct((work.rows, work.new_tokens), jnp.int32)
+    rows = Choices(tokens, tokens, tokens, reads=targets, targets=targets)
+    arguments = placed_params(model, mesh), _rows(rows, mesh)
     return _program("score", mesh, jax.jit(step), arguments, tokens=work.rows * work.length)
 
 
