@@ -102,7 +102,7 @@ def settings(
     normalization: str = "sum",
     row_length: int = 2_048,
     batch_tokens: int = 4_096,
-    shapes: int = 8,
+    shapes: int = 4,
     vocabulary_chunks: int = 1,
     prefix_lm: bool | None = None,
     write_examples: bool = False,

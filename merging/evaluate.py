@@ -7,6 +7,7 @@ behind the last task that was whole: the lines are then those of a run that was 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -59,7 +60,7 @@ class Settings:
     normalization: str = "sum"
     row_length: int = 2_048
     batch_tokens: int = 4_096
-    shapes: int = 8
+    shapes: int = 4
     vocabulary_chunks: int = 1
     prefix_lm: bool | None = None
     write_examples: bool = False
@@ -233,7 +234,7 @@ def run(
                 params,
                 model_id,
                 tasks=part,
-                progress=lambda n, before=before: progress(model_id, before + n, total),
+                progress=functools.partial(_told, progress, model_id, before, total),
             )
             done += sum(len(task.examples) for task in part)
             examples += done - before
@@ -249,6 +250,10 @@ def run(
     hosts.wait_for_all("committed")
     scores = file.scores if is_main else ScoresFile(output / SCORES).scores
     return Report(scores=scores, ties=ties, examples=examples, seconds=time.monotonic() - started)
+
+
+def _told(progress: Progress, model_id: str, before: int, total: int, examples: int) -> None:
+    progress(model_id, before + examples, total)
 
 
 def _write(

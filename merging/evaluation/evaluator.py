@@ -61,7 +61,7 @@ class Options:
     bidirectional: bool = False
     row_length: int = 2_048
     batch_tokens: int = 4_096
-    shapes: int = 8
+    shapes: int = 4
     vocabulary_chunks: int = 1
 
     def __post_init__(self) -> None:
@@ -410,7 +410,7 @@ class Evaluator:
                 model_id,
                 tasks,
                 batches,
-                [jax.tree.map(lambda x: x[i], out) for out in fetched] if is_many else fetched,
+                _of_model(fetched, i) if is_many else fetched,
                 seconds,
             )
             for i, model_id in enumerate(model_ids)
@@ -500,6 +500,10 @@ class Evaluator:
                         found.pop()
                     texts[slot] = found
         return sums, texts
+
+
+def _of_model(outputs: Sequence[Any], number: int) -> list[Any]:
+    return [jax.tree.map(lambda x: x[number], out) for out in outputs]
 
 
 def _distinct(task: Task) -> list[tuple[int, ...]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -67,18 +69,27 @@ def summed(found: np.ndarray, slots: np.ndarray) -> np.ndarray:
 
 
 def alone(model, params, *, bidirectional: bool) -> np.ndarray:
-    """Each choice's log-probability from logits of a row of its own."""
-    found = []
-    for prompt, choices in examples():
-        for choice in choices:
-            tokens = jnp.asarray(np.concatenate([prompt, choice])[None, :-1], jnp.int32)
-            in_prompt = jnp.arange(tokens.shape[1])[None] < len(prompt)
-            logits = model.apply(
-                {"params": params}, tokens, prefix_mask=in_prompt if bidirectional else None
-            )
-            log_probs = jax.nn.log_softmax(logits[0, len(prompt) - 1 :])
-            found.append(float(log_probs[jnp.arange(len(choice)), choice].sum()))
-    return np.array(found)
+    """Each choice's log-probability from logits of a row of its own, whose end is padding that nothing before it sees."""
+
+    @jax.jit
+    def log_probs(tokens, in_prompt):
+        prefix = in_prompt if bidirectional else None
+        return jax.nn.log_softmax(model.apply({"params": params}, tokens, prefix_mask=prefix))
+
+    tokens, in_prompt, choices = [], [], []
+    for prompt, each in examples():
+        for choice in each:
+            tokens.append(np.concatenate([prompt, choice]))
+            in_prompt.append(np.arange(16) < len(prompt))
+            choices.append((len(prompt), choice))
+    tokens = stacked(tokens, rows=len(tokens), length=16)
+    found = np.asarray(log_probs(tokens, np.array(in_prompt)))
+    return np.array(
+        [
+            row[start - 1 + np.arange(len(choice)), choice].sum()
+            for row, (start, choice) in zip(found, choices, strict=True)
+        ]
+    )
 
 
 @pytest.fixture(scope="module", params=["palm", "gemma3"])
@@ -94,7 +105,8 @@ def test_choices_score_as_alone(
     model, boxed = model_and_params
     params = nn.unbox(boxed)
     rows, slots = batch(row_length)
-    found = score(model, params, rows, bidirectional=bidirectional, vocabulary_chunks=chunks)
+    step = functools.partial(score, model, bidirectional=bidirectional, vocabulary_chunks=chunks)
+    found = jax.jit(step)(params, rows)
     wanted = alone(model, params, bidirectional=bidirectional)
     np.testing.assert_allclose(summed(found, slots), wanted, atol=2e-5)
 
@@ -103,10 +115,11 @@ def test_a_mesh_scores_the_same():
     model = model_of(PALM)
     boxed = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     rows, slots = batch()
-    wanted = summed(score(model, nn.unbox(boxed), rows), slots)
+    step = functools.partial(score, model)
+    wanted = summed(jax.jit(step)(nn.unbox(boxed), rows), slots)
     mesh = MeshShape(data=2, fsdp=2, model=2).mesh()
     with partitioning.use(mesh):
         placed = jax.device_put(nn.unbox(boxed), partitioning.shardings(boxed, mesh))
         rows = jax.device_put(rows, partitioning.batch_shardings(rows, mesh))
-        found = jax.jit(lambda params, rows: score(model, params, rows))(placed, rows)
+        found = jax.jit(step)(placed, rows)
     np.testing.assert_allclose(summed(found, slots), wanted, atol=2e-5)
