@@ -59,7 +59,9 @@ def row_mask(
     length: int,
     *,
     segment_ids: Int[Array, "B T"] | None = None,
+    shared_mask: Bool[Array, "B T"] | None = None,
     prefix_mask: Bool[Array, "B T"] | None = None,
+    positions: Int[Array, "b T"] | None = None,
     window: int | None = None,
 ) -> Bool[Array, "b T T"]:
     """Who sees whom within a row: what stands before, and, inside the prefix, what stands behind.
@@ -67,7 +69,9 @@ def row_mask(
     Args:
       length: T.
       segment_ids: packed sequences have different numbers and don't see one another; 0 is padding.
+      shared_mask: true for tokens that every segment behind them sees: a prompt with several continuations.
       prefix_mask: true for the tokens that see one another in both directions (prefix-LM).
+      positions: of each token in its sequence, which a window counts by; None counts along the row.
       window: a query sees itself and the window - 1 tokens before it.
     """
     query, key = jnp.arange(length)[:, None], jnp.arange(length)[None, :]
@@ -75,9 +79,13 @@ def row_mask(
     if prefix_mask is not None:
         mask |= prefix_mask[:, :, None] & prefix_mask[:, None, :]
     if window is not None:
-        mask &= jnp.abs(query - key)[None] < window
+        places = jnp.arange(length)[None] if positions is None else positions
+        mask &= jnp.abs(places[:, :, None] - places[:, None, :]) < window
     if segment_ids is not None:
-        mask &= segment_ids[:, :, None] == segment_ids[:, None, :]
+        is_seen = segment_ids[:, :, None] == segment_ids[:, None, :]
+        if shared_mask is not None:
+            is_seen |= shared_mask[:, None, :]
+        mask &= is_seen
     return mask
 
 
