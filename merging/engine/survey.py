@@ -26,6 +26,7 @@ from merging.engine.packed import (
     with_any_found,
 )
 from merging.engine.pieces import Piece, Tensor, piece_at, pieces_of
+from merging.engine.selection import Asked
 from merging.engine.step import Facts, Question, codes_step, in_worker, survey_step
 from merging.engine.stream import LoadedPiece, Stream, padded_size, take, to_float32
 from merging.kernels.magnitude import (
@@ -45,6 +46,7 @@ SAMPLE_ELEMENTS = (
 SAMPLE_BLOCK = (
     1 << 12
 )  # elements read in one go; smaller blocks are more alike the whole, larger ones fewer reads
+FEWEST_BLOCKS = 64  # of a part of the model that is trimmed by itself
 survey_in_worker = in_worker(survey_step, "geometry")
 codes_in_worker = in_worker(codes_step)
 
@@ -58,6 +60,7 @@ class MethodSurvey:
 
     Attributes:
       method: its scale does not matter.
+      paths: of the tensors it asks about.
       searches: per group (the model, or each tensor) one search per expert; empty without a trim.
       l1: per tensor path, float32 [N] ratios.
       majority: +1, -1, or None while unknown.
@@ -65,6 +68,7 @@ class MethodSurvey:
 
     def __init__(self, method: TaskVectorMethod, tensors: Sequence[Tensor], experts: int):
         self.method = method
+        self.paths = frozenset(tensor.path for tensor in tensors)
         self.experts = experts
         self.l1: dict[str, np.ndarray] = {}
         self.majority: int | None = None
@@ -84,10 +88,16 @@ class MethodSurvey:
     def group(self, tensor: Tensor) -> str:
         return MODEL if self.method.trim_scope == "model" else tensor.path
 
+    def covers(self, tensor: Tensor) -> bool:
+        """Whether this tensor is one of those it asks about."""
+        return tensor.path in self.paths
+
     def is_open(self, tensor: Tensor) -> bool:
         """Whether this tensor still has to be counted for a threshold."""
-        return bool(self.searches) and not all(
-            search.is_done for search in self.searches[self.group(tensor)]
+        return (
+            self.covers(tensor)
+            and bool(self.searches)
+            and not all(search.is_done for search in self.searches[self.group(tensor)])
         )
 
     def forget(self) -> None:
@@ -185,7 +195,7 @@ class Votes:
 
 
 def survey(
-    methods: Sequence[TaskVectorMethod],
+    questions: Sequence[Asked],
     stream: Stream,
     tensors: Sequence[Tensor],
     mine: Sequence[Tensor],
@@ -193,10 +203,10 @@ def survey(
     combine: Combine,
     log: Callable[[str], None],
 ) -> tuple[list[MethodSurvey], int]:
-    """Finds everything the methods ask.
+    """Finds everything that is asked.
 
     Args:
-      methods: those that ask for something, in any order.
+      questions: methods, each with the tensors that are its model, the same on every host.
       stream: reads the inputs.
       tensors: all merged tensors of the model, the same on every host.
       mine: those that this host reads (and later merges).
@@ -204,10 +214,10 @@ def survey(
       log: told of every read and why.
 
     Returns:
-      One survey per method, in their order (thresholds of single tensors are known for `mine` alone), and how often all
+      One survey per question, in their order (thresholds of single tensors are known for `mine` alone), and how often all
       inputs were read.
     """
-    surveys = [MethodSurvey(method, tensors, len(stream.experts)) for method in methods]
+    surveys = [MethodSurvey(q.method, q.tensors, len(stream.experts)) for q in questions]
     asking_l1 = [s for s in surveys if s.method.asks_l1]
     if asking_l1:
         log("reading all inputs for the L1 norms of each tensor")
@@ -232,7 +242,14 @@ def survey(
             )
         first = False
         reads += 1
-        wanted = [t for t in mine if any(is_unknown) or any(s.is_open(t) for s in asking)]
+        wanted = [
+            t
+            for t in mine
+            if any(
+                s.is_open(t) or (s.covers(t) and s.method.asks_majority and s.majority is None)
+                for s in asking
+            )
+        ]
         _survey_counts(asking, stream, wanted, combine)
 
 
@@ -283,9 +300,10 @@ def _survey_counts(
     guesses = [_answers(s, tensors) for s in surveys]
     left = {tensor.path: tensor.size for tensor in tensors}  # elements not yet counted
 
-    def take(result: tuple[Piece, list[_Counted]]) -> None:
+    def take(result: tuple[Piece, dict[int, _Counted]]) -> None:
         piece, counted = result
-        for number, (survey, found) in enumerate(zip(surveys, counted, strict=True)):
+        for number, found in counted.items():
+            survey = surveys[number]
             votes[number] += found.votes
             if found.above is None:
                 continue
@@ -348,7 +366,8 @@ def _empty_tally(survey: MethodSurvey, group: str) -> _Tally:
 
 def _answers(survey: MethodSurvey, tensors: Sequence[Tensor]) -> list[int]:
     """The answer of each search as far as it is known: exact where done, else the guess."""
-    groups = dict.fromkeys(survey.group(tensor) for tensor in tensors) if survey.searches else ()
+    groups = dict.fromkeys(survey.group(t) for t in tensors if survey.covers(t))
+    groups = groups if survey.searches else {}
     return [
         (search.low if search.rank else -1) if search.is_done else search.bracket().guess
         for group in groups
@@ -356,19 +375,22 @@ def _answers(survey: MethodSurvey, tensors: Sequence[Tensor]) -> list[int]:
     ]
 
 
-def _count(surveys: Sequence[MethodSurvey], stream: Stream, loaded: LoadedPiece) -> list[_Counted]:
-    """Counts one piece for every method; runs in a worker."""
-    questions = tuple(s.question(loaded.tensor) for s in surveys)
+def _count(
+    surveys: Sequence[MethodSurvey], stream: Stream, loaded: LoadedPiece
+) -> dict[int, _Counted]:
+    """Counts one piece for every survey that covers it, by the survey's number; runs in a worker."""
+    covering = [i for i, s in enumerate(surveys) if s.covers(loaded.tensor)]
+    questions = tuple(surveys[i].question(loaded.tensor) for i in covering)
     base, experts = loaded.on_devices()
     packed = survey_in_worker(
         questions, base, experts, loaded.keys, loaded.offset, geometry=loaded.geometry
     )
-    counted = []
-    for survey, question, words in zip(surveys, questions, packed, strict=True):
+    counted = {}
+    for number, question, words in zip(covering, questions, packed, strict=True):
         words = [np.asarray(word)[: loaded.size] for word in words]
         if has_alarm(words):
             stream.blame_not_finite(loaded)
-        counted.append(_count_words(survey, question, words, loaded))
+        counted[number] = _count_words(surveys[number], question, words, loaded)
     return counted
 
 
@@ -467,12 +489,14 @@ def _propose(
     mine: Sequence[Tensor],
 ) -> None:
     """Samples the inputs and proposes a bracket to every search. Every host samples the whole model alike."""
-    for scope, sampled in (("model", tensors), ("tensor", mine)):
-        asking = [s for s in surveys if s.method.trim_scope == scope]
-        if not asking:
-            continue
+    total = sum(tensor.size for tensor in tensors)
+    together: dict[tuple[str, frozenset[str]], list[MethodSurvey]] = {}
+    for each in surveys:
+        together.setdefault((each.method.trim_scope, each.paths), []).append(each)
+    for (scope, paths), asking in together.items():
+        sampled = [t for t in (tensors if scope == "model" else mine) if t.path in paths]
         codes: dict[tuple[int, str, int], list[np.ndarray]] = {}
-        for piece in _sample_pieces(sampled, whole_model=scope == "model"):
+        for piece in _sample_pieces(sampled, total, whole_model=scope == "model"):
             loaded = stream.load(piece, is_sample=True)
             every = np.arange(loaded.size)
             for number, survey in enumerate(asking):
@@ -493,10 +517,14 @@ def _propose(
             survey.forget()
 
 
-def _sample_pieces(tensors: Sequence[Tensor], *, whole_model: bool) -> Iterator[Piece]:
-    """Blocks of elements spread evenly over the model, or over each tensor; all of what is small."""
-    total = sum(tensor.size for tensor in tensors)
+def _sample_pieces(tensors: Sequence[Tensor], total: int, *, whole_model: bool) -> Iterator[Piece]:
+    """Blocks of elements spread evenly over the tensors taken together, or over each; all of what is small.
+
+    `total` is the size of the whole model, of which these may be a part.
+    """
     model_stride = total * SAMPLE_BLOCK // SAMPLE_ELEMENTS
+    if whole_model:
+        model_stride = min(model_stride, sum(t.size for t in tensors) // FEWEST_BLOCKS)
     position = 0  # of the next block, in elements from the tensor's start
     for tensor in tensors:
         stride = model_stride if whole_model else min(model_stride, tensor.size // 16)
@@ -528,26 +556,29 @@ def _survey_l1(
     def work(piece: Piece) -> tuple[str, list[list[list[int]]]]:
         loaded = stream.load(piece)
         every = np.arange(loaded.size)
+        covering = [s for s in surveys if s.covers(piece.tensor)]
         before = gathered_codes(Question(_PLAIN, Facts(), None), loaded, every)
         return piece.tensor.path, [
             [[exact_sum(before[i]), exact_sum(after[i])] for i in range(experts)]
             for after in (
-                gathered_codes(Question(s.method, Facts(), None), loaded, every) for s in surveys
+                gathered_codes(Question(s.method, Facts(), None), loaded, every) for s in covering
             )
         ]
 
     def take(result: tuple[str, list[list[list[int]]]]) -> None:
         path, found = result
-        total = sums.setdefault(path, [[[0, 0] for _ in range(experts)] for _ in surveys])
+        total = sums.setdefault(path, [[[0, 0] for _ in range(experts)] for _ in found])
         for of_method, more in zip(total, found, strict=True):
             for pair, add in zip(of_method, more, strict=True):
                 pair[0] += add[0]
                 pair[1] += add[1]
 
-    stream.run(stream.pieces(mine), work, take)
+    asked = [t for t in mine if any(s.covers(t) for s in surveys)]
+    stream.run(stream.pieces(asked), work, take)
     ratios = np.zeros((len(surveys), len(tensors), experts), np.float32)
     for path, of_methods in sums.items():
-        for m, pairs in enumerate(of_methods):
+        covering = [m for m, s in enumerate(surveys) if path in s.paths]
+        for m, pairs in zip(covering, of_methods, strict=True):
             ratios[m, number_of[path]] = l1_ratios(pairs)
     ratios = combine(ratios.view(np.uint32).astype(np.int64)).astype(np.uint32).view(np.float32)
     for survey, table in zip(surveys, ratios, strict=True):
