@@ -32,6 +32,7 @@ from merging.engine.step import Facts, in_worker, merge_step
 from merging.engine.stream import LoadedPiece, Stream
 from merging.engine.survey import MethodSurvey, survey
 from merging.methods.method import TaskVectorMethod
+from merging.models import model_file
 
 merge_in_worker = in_worker(merge_step, "geometry", "out_dtype")
 
@@ -323,6 +324,13 @@ class _Run:
                 folder = staging.folder / name if name else staging.folder
                 if plan.settings.statistics > 0:
                     self._write_statistics(folder / STATISTICS_FILE, known, number)
+                if plan.model is not None:
+                    model_file.write_along(
+                        folder,
+                        plan.model,
+                        dtype=plan.settings.output_dtype,
+                        stacked=plan.stacked.patterns,
+                    )
                 record = {**shared, "method": repr(method)}
                 record["checksums"] = {k: v for host in checksums for k, v in host[name].items()}
                 if name:

@@ -23,6 +23,8 @@ from merging.engine.compatible import check_compatible, common_rows, with_stacke
 from merging.engine.pieces import Tensor, bytes_per_element, parts_of, piece_limit
 from merging.engine.selection import Selection, names_of
 from merging.methods.method import Method
+from merging.models import model_file
+from merging.models.model_file import ModelFile
 from merging.paths import Stacked
 
 OUTPUT_DTYPES = ("float32", "bfloat16", "float16")
@@ -44,7 +46,7 @@ class Settings:
       params_path: where the parameters are in the tree of a train state (Orbax, T5X), keys joined by `/`; None finds them.
       format: of the output, a name of `checkpoints.FORMATS`; None keeps the base's.
       optimizer_state: "drop", or "base" to write what the base's train state holds beside its parameters.
-      stacked: {pattern of paths: axis over layers}; see `paths.Stacked`.
+      stacked: {pattern of paths: axis over layers}; see `paths.Stacked`. None: what the base's model.json says.
       statistics: share of blocks from which statistics are gathered; 0 gathers none.
       include, exclude: patterns of leaves; what is not included, or excluded, stays as the base has it.
       patterns: {pattern: {setting: value}}: scale, density or weights of some leaves; see `engine.selection`.
@@ -82,6 +84,7 @@ class Plan:
       settings: as they were given.
       format: of the output.
       carry_from: a Hugging Face folder whose config and tokenizer belong to the base; None where there is none.
+      model: what the base's model.json says, which goes along; None where it has none.
       base, experts: open readers.
       output: the folder to be.
       merges: method by name; a single one is named "".
@@ -98,6 +101,7 @@ class Plan:
     settings: Settings
     format: str
     carry_from: epath.Path | None
+    model: ModelFile | None
     base: Reader
     experts: tuple[Reader, ...]
     output: epath.Path
@@ -182,7 +186,9 @@ def plan(settings: Settings) -> Plan:
             )
             for path in inputs
         )
-        stacked = Stacked(settings.stacked)
+        described = model_file.read_if_there(settings.base)
+        says_it = settings.stacked is None and described is not None
+        stacked = Stacked(described.stacked if says_it else settings.stacked)
         base_specs = with_stacked(base_reader.specs(), stacked)
         buffer_bytes = min(BUFFER_BYTES, settings.memory_budget_bytes // (4 * len(readers)))
         readers = [in_layout_of(base_specs, r, buffer_bytes=buffer_bytes) for r in readers]
@@ -251,6 +257,7 @@ def plan(settings: Settings) -> Plan:
             settings=settings,
             format=output_format,
             carry_from=base_reader.folder if base_reader.format == "safetensors" else None,
+            model=described,
             base=base_reader,
             experts=tuple(readers),
             output=output,
