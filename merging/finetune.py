@@ -27,8 +27,8 @@ from merging import manifest, partitioning
 from merging.checkpoints import open_checkpoint
 from merging.engine import hosts
 from merging.models import model_file
-from merging.models.config import DecoderConfig
-from merging.models.decoder import Decoder, boxed_params
+from merging.models.config import DecoderConfig, PalmConfig
+from merging.models.decoder import Decoder, abstract_params, boxed_params
 from merging.models.families import model_of
 from merging.models.parameters import as_model, read_params
 from merging.partitioning import MeshShape
@@ -38,7 +38,7 @@ from merging.training.batch import Batch, batch_scores
 from merging.training.checkpoints import Checkpoints
 from merging.training.feed import Feed, Placement, Source
 from merging.training.loop import Loop, Progress, Schedule, Seconds, Values
-from merging.training.loss import loss_sums
+from merging.training.loss import LossSums, loss_sums
 from merging.training.optimizer import Averaging, adamw, averaged_params, freezing
 from merging.training.step import TrainState, init_state, train_step
 
@@ -86,7 +86,7 @@ class Settings:
       optimizer: learning rate -> optax transformation.
       learning_rate: a number, or a function of the step.
       seed: of new parameters and of dropout.
-      mesh: how devices are used; None: all of them along fsdp... one data axis.
+      mesh: how devices are used, all of them unless it is a mesh of some; None: along the data axis.
       dropout_rate, remat, dtype, param_dtype: of the model in this run; None: as its configuration has them.
       z_loss: coefficient; None: the configuration's, or 0.
       clip_norm: of gradients; None: not clipped.
@@ -112,7 +112,7 @@ class Settings:
     optimizer: Optimizer = adamw
     learning_rate: Any = 3e-5
     seed: int = 0
-    mesh: MeshShape | None = None
+    mesh: MeshShape | jax.sharding.Mesh | None = None
     dropout_rate: float | None = None
     remat: str | None = None
     dtype: str | None = None
@@ -254,7 +254,9 @@ def plan(settings: Settings, mixtures: Sequence[Mixture], *, is_one: bool = True
     if initial is not None:
         manifest.check_apart(output_dir, [initial])
     config, vocabulary = _model(settings, mixtures)
-    mesh = (settings.mesh or MeshShape(data=jax.device_count())).mesh()
+    _check_model(settings, config)
+    mesh = settings.mesh or MeshShape(data=jax.device_count())
+    mesh = mesh.mesh() if isinstance(mesh, MeshShape) else mesh
     partitioning.shardings(boxed_params(model_of(config)), mesh)
     Placement(
         mesh,
@@ -353,6 +355,20 @@ def _check(settings: Settings, mixtures: Sequence[Mixture]) -> None:
         )
     if problems:
         raise ValueError("\n  ".join(["these settings can't be used:", *problems]))
+
+
+def _check_model(settings: Settings, config: DecoderConfig) -> None:
+    """What is known of the settings once the model is."""
+    if settings.format == "safetensors" and isinstance(config, PalmConfig):
+        raise ValueError("FORMAT is 'safetensors', and Hugging Face has no PaLM: choose 'orbax'")
+    names, patterns = leaf_names(abstract_params(model_of(config))), settings.frozen
+    unused = [p for p in patterns if not any(is_like(name, [p]) for name in names)]
+    if unused:
+        raise ValueError(
+            f"FROZEN: no parameter is like {', '.join(map(repr, unused))}; there are {', '.join(names)}"
+        )
+    if patterns and all(is_like(name, patterns) for name in names):
+        raise ValueError("FROZEN: all parameters are frozen, so there is nothing to train")
 
 
 def _model(
@@ -489,7 +505,11 @@ class _Run:
         self.base = self._base()
         for number, names in enumerate(plan.groups):
             folders = {n: staging.folder / n if n else staging.folder for n in names}
-            if not all(n and manifest.read(folder) is not None for n, folder in folders.items()):
+            done = {n: manifest.read(folder) for n, folder in folders.items() if n}
+            if done and None not in done.values():
+                for name, how in done.items():
+                    self.last[name] = how["metrics"][plan.mixtures[name].name]
+            else:
                 self._train(names, folders, staging.folder / CHECKPOINTS / str(number))
         if hosts.is_main():
             if not self.settings.keep_state and (staging.folder / CHECKPOINTS).exists():
@@ -556,7 +576,7 @@ class _Run:
                         self.write_metrics(self.plan.mixtures[name].name, step, mine)
 
             loop = Loop(
-                step=program.step,
+                step=functools.partial(_seeded, program.step, np.int32(s.seed)),
                 schedule=Schedule(
                     steps=s.train_steps,
                     log_every=s.log_every,
@@ -593,9 +613,24 @@ class _Run:
             folder, keep=s.keep_checkpoints, keep_best=s.choose == "best", log=self.log
         )
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019  the last group may be smaller than the others
     def _program(self, count: int) -> _Program:
-        return _Program(self.model, self.mesh, self.settings, experts=count if count > 1 else None)
+        s, config = self.settings, self.plan.config
+        of_model = getattr(config, "z_loss", 0.0)
+        return _program(
+            _Recipe(
+                config=config,
+                mesh=self.mesh,
+                optimizer=s.optimizer,
+                learning_rate=s.learning_rate,
+                z_loss=of_model if s.z_loss is None else s.z_loss,
+                clip_norm=s.clip_norm,
+                microbatches=s.microbatches,
+                vocabulary_chunks=s.vocabulary_chunks,
+                averaging=s.averaging,
+                frozen=tuple(s.frozen),
+                experts=count if count > 1 else None,
+            )
+        )
 
     def _account(self, seconds: Seconds, steps: int, loop: Loop) -> None:
         for field in dataclasses.fields(Seconds):
@@ -697,6 +732,23 @@ class _Run:
         )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Recipe:
+    """All that the compiled functions depend on."""
+
+    config: DecoderConfig
+    mesh: jax.sharding.Mesh
+    optimizer: Optimizer
+    learning_rate: Any
+    z_loss: float
+    clip_norm: float | None
+    microbatches: int
+    vocabulary_chunks: int
+    averaging: Averaging | None
+    frozen: tuple[str, ...]
+    experts: int | None
+
+
 class _Program:
     """The compiled functions of a run, for one expert or for several along a leading axis.
 
@@ -704,81 +756,76 @@ class _Program:
       experts: how many; None for one without that axis.
       abstract_state: ShapeDtypeStructs with shardings.
       leaf_names: of the parameters, in their order.
+      step: (state, batch, seed) -> (state, metrics by name); the state is donated.
+      score: (state, batch) -> loss.LossSums.
     """
 
-    def __init__(
-        self, model: Decoder, mesh: jax.sharding.Mesh, settings: Settings, *, experts: int | None
-    ):
-        self.experts, self._mesh = experts, mesh
-        config = model.config
-        schedule = settings.learning_rate
-        optimizer = _optimizer(settings)
-        z_loss = getattr(config, "z_loss", 0.0) if settings.z_loss is None else settings.z_loss
+    def __init__(self, recipe: _Recipe):
+        self.experts, self._mesh = recipe.experts, recipe.mesh
+        mesh, experts, schedule = recipe.mesh, recipe.experts, recipe.learning_rate
+        model = model_of(recipe.config)
+        optimizer = _optimizer(recipe)
         boxed = jax.eval_shape(
             functools.partial(init_state, optimizer=optimizer), boxed_params(model)
         )
         shapes, one = nn.unbox(boxed), partitioning.shardings(boxed, mesh)
-        self.leaf_names = [
-            of_tree_path(path) for path, _ in jax.tree.leaves_with_path(shapes.params)
-        ]
-        self._check_frozen(settings.frozen)
+        self.leaf_names = leaf_names(shapes.params)
         shardings = one
         if experts is not None:
             shapes = jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct((experts, *x.shape), x.dtype), shapes
             )
             shardings = partitioning.of_experts(one, mesh)
-        self._params_shardings = one.params
         self.abstract_state = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             shapes,
             shardings,
         )
-        seed = np.int32(settings.seed)
 
-        def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        def step(
+            state: TrainState, batch: Batch, seed: jax.Array
+        ) -> tuple[TrainState, dict[str, jax.Array]]:
             rate = schedule(state.step) if callable(schedule) else schedule
             state, metrics = train_step(
                 state,
                 batch,
-                jnp.int32(seed),
+                seed,
                 model=model,
                 optimizer=optimizer,
-                z_loss=z_loss,
-                clip_norm=settings.clip_norm,
-                microbatches=settings.microbatches,
-                vocabulary_chunks=settings.vocabulary_chunks,
-                frozen=tuple(settings.frozen),
+                z_loss=recipe.z_loss,
+                clip_norm=recipe.clip_norm,
+                microbatches=recipe.microbatches,
+                vocabulary_chunks=recipe.vocabulary_chunks,
+                frozen=recipe.frozen,
             )
             return state, {**metrics._asdict(), "learning_rate": jnp.asarray(rate, jnp.float32)}
 
-        def score(state: TrainState, batch: Batch) -> Any:
-            params = averaged_params(state.opt_state)
-            params = state.params if params is None else _like(params, state.params)
+        def chosen(state: TrainState) -> Any:
+            average = averaged_params(state.opt_state)
+            if average is None:
+                return state.params
+            return jax.tree.map(lambda a, p: a.astype(p.dtype), average, state.params)
+
+        def score(state: TrainState, batch: Batch) -> LossSums:
             scores = batch_scores(
-                model, params, batch, vocabulary_chunks=settings.vocabulary_chunks
+                model, chosen(state), batch, vocabulary_chunks=recipe.vocabulary_chunks
             )
             return loss_sums(scores, batch.weights, z_loss=0.0)
 
         def start(params: Any) -> TrainState:
-            return init_state(jax.tree.map(jnp.copy, params), optimizer)
+            state = init_state(jax.tree.map(jnp.copy, params), optimizer)
+            if experts is None:
+                return state
+            return jax.tree.map(lambda x: jnp.broadcast_to(x, (experts, *x.shape)), state)
 
         def params_of(state: TrainState, number: jax.Array) -> Any:
-            params = averaged_params(state.opt_state)
-            params = state.params if params is None else _like(params, state.params)
-            if experts is None:
-                return jax.tree.map(jnp.copy, params)
-            return jax.tree.map(lambda x: x[number], params)
+            return jax.tree.map(jnp.copy if experts is None else lambda x: x[number], chosen(state))
 
-        whole = partitioning.replicated(mesh)
         if experts is not None:
             axis = partitioning.EXPERT_AXIS if partitioning.EXPERT_AXIS in mesh.shape else None
-            step = jax.vmap(step, spmd_axis_name=axis)
+            step = jax.vmap(step, in_axes=(0, 0, None), spmd_axis_name=axis)
             score = jax.vmap(score, spmd_axis_name=axis)
-            of_one = start
-            start = lambda params: jax.tree.map(  # noqa: E731
-                lambda x: jnp.broadcast_to(x, (experts, *x.shape)), of_one(params)
-            )
+        whole = partitioning.replicated(mesh)
         self.step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole))
         self.score = jax.jit(score, out_shardings=whole)
         self._start = jax.jit(start, out_shardings=shardings)
@@ -793,25 +840,25 @@ class _Program:
         """The parameters of one expert, averaged where weights are."""
         return self._params_of(state, np.int32(number))
 
-    def _check_frozen(self, patterns: Sequence[str]) -> None:
-        unused = [p for p in patterns if not any(is_like(name, [p]) for name in self.leaf_names)]
-        if unused:
-            raise ValueError(
-                f"FROZEN: no parameter is like {', '.join(map(repr, unused))}; there are {', '.join(self.leaf_names)}"
-            )
-        if patterns and all(is_like(name, patterns) for name in self.leaf_names):
-            raise ValueError("FROZEN: all parameters are frozen, so there is nothing to train")
+
+def _seeded(step: Any, seed: np.int32, state: TrainState, batch: Batch) -> Any:
+    return step(state, batch, seed)
 
 
-def _optimizer(settings: Settings) -> optax.GradientTransformation:
-    optimizer = settings.optimizer(settings.learning_rate)
-    if settings.frozen:
-        optimizer = freezing(optimizer, settings.frozen)
-    return optimizer if settings.averaging is None else settings.averaging.around(optimizer)
+# Kept from run to run: a study trains many experts in one process, and compiling takes as long as training a small one.
+_program = functools.lru_cache(maxsize=8)(_Program)
 
 
-def _like(params: Any, other: Any) -> Any:
-    return jax.tree.map(lambda a, b: a.astype(b.dtype), params, other)
+def leaf_names(params: Any) -> list[str]:
+    """Of a tree, in its order."""
+    return [of_tree_path(path) for path, _ in jax.tree.leaves_with_path(params)]
+
+
+def _optimizer(recipe: _Recipe) -> optax.GradientTransformation:
+    optimizer = recipe.optimizer(recipe.learning_rate)
+    if recipe.frozen:
+        optimizer = freezing(optimizer, recipe.frozen)
+    return optimizer if recipe.averaging is None else recipe.averaging.around(optimizer)
 
 
 def flops_per_token(config: DecoderConfig, length: int) -> float:

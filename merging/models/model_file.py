@@ -129,6 +129,20 @@ def read(folder: epath.PathLike, **changes: Any) -> ModelFile:
     )
 
 
+def read_if_there(folder: epath.PathLike) -> ModelFile | None:
+    """What a folder's model.json says; None where there is none. Errors as `read`."""
+    return read(folder) if (epath.Path(folder) / FILE).exists() else None
+
+
+def write_along(
+    folder: epath.PathLike, described: ModelFile, *, dtype: str | None, stacked: Mapping[str, int]
+) -> None:
+    """Puts a model.json beside parameters that were made of others: in another type (None: the same) or stacked otherwise."""
+    changes = {} if dtype is None else {"param_dtype": dtype}
+    config = dataclasses.replace(described.config, **changes)
+    write(folder, config, stacked, described.vocabulary)
+
+
 def describe(folder: epath.PathLike, **changes: Any) -> ModelFile:
     """The same of any folder that says it: ours by model.json, a Hugging Face one by config.json and tokenizer.json.
 

@@ -115,7 +115,7 @@ class Checkpoints:
         told = []
         for step in steps:
             try:
-                found = self._restored(step, like)
+                found = self.restore_step(step, like)
             except Exception as error:  # whatever a damaged file makes Orbax raise; told, and raised if none is left
                 told.append(f"the checkpoint of step {step} can't be used: {_short(error)}")
                 self._log(f"{told[-1]}; taking the one before")
@@ -130,7 +130,8 @@ class Checkpoints:
             )
         return None
 
-    def _restored(self, step: int, like: Any) -> Restored:
+    def restore_step(self, step: int, like: Any) -> Restored:
+        """The state of one step. Raises CheckpointError where its arrays aren't those that were saved, and what Orbax raises."""
         found = self._manager.restore(
             step,
             args=ocp.args.Composite(

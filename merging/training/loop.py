@@ -20,7 +20,7 @@ import numpy as np
 from merging.training.batch import Batch
 from merging.training.checkpoints import Checkpoints
 from merging.training.feed import Feed, Position
-from merging.training.step import Metrics, TrainState
+from merging.training.step import TrainState
 
 # Steps that are under way at once: one is computed, one waits behind it.
 IN_FLIGHT = 2
@@ -137,7 +137,7 @@ class Loop:
       should_stop: (steps taken) -> whether to save and stop; the same on all hosts.
       leaf_names: of the parameters, in their order.
       experts: names, for messages, where the state has a leading axis over them.
-      around_step: a context manager of (step), around each.
+      trace: told each step before it begins, for who takes a profile.
     """
 
     def __init__(
@@ -161,7 +161,9 @@ class Loop:
         self._checkpoints, self._trace = checkpoints, trace
         self._pending: collections.deque[tuple[int, Any]] = collections.deque()
         self.seconds = Seconds()
-        self._window = (0, 0.0)  # steps and seconds since the last line
+        self._mark: tuple[int, float] | None = (
+            None  # the step of the last line, and when it was done
+        )
 
     def run(self, state: TrainState, feed: Feed, progress: Progress) -> TrainState:
         """Trains to the last step, or until there is no hope of a new best; `progress` is kept up.
@@ -206,18 +208,15 @@ class Loop:
         return every is not None and step % every == 0
 
     def _take(self, state: TrainState, batch: Batch, step: int) -> TrainState:
-        is_first = self.seconds.compile == 0.0
-        begun = time.perf_counter()
+        is_first = self._mark is None
         with self.seconds.of("compile" if is_first else "steps"):
             self._trace(step)
             state, metrics = self._step(state, batch)
             self._pending.append((step + 1, metrics))
             if is_first:
                 jax.block_until_ready(metrics)
+                self._mark = (step + 1, self._busy())
             self._settle(IN_FLIGHT - 1)
-        if not is_first:
-            steps, seconds = self._window
-            self._window = (steps + 1, seconds + time.perf_counter() - begun)
         return state
 
     def _settle(self, left: int) -> None:
@@ -227,11 +226,17 @@ class Loop:
             values = jax.device_get(metrics)
             self._check_finite(step, values)
             if self._is_due(step, self._schedule.log_every) or step == self._schedule.steps:
-                self._log(step, {**values, **self._speed()})
+                self._log(step, {**values, **self._speed(step)})
 
-    def _speed(self) -> dict[str, float]:
-        steps, seconds = self._window
-        self._window = (0, 0.0)
+    def _busy(self) -> float:
+        """A clock that stands while nothing is trained."""
+        return time.perf_counter() - self.seconds.validation - self.seconds.checkpoints
+
+    def _speed(self, step: int) -> dict[str, float]:
+        """Since the last line; nothing at the first step, which was compiled."""
+        before, since = self._mark
+        self._mark = (step, self._busy())
+        steps, seconds = step - before, self._mark[1] - since
         if not steps:
             return {}
         return {
@@ -268,8 +273,3 @@ class Loop:
         else:
             progress.bad_validations += 1
         return metric
-
-
-def metrics_by_name(metrics: Metrics) -> dict[str, jax.Array]:
-    """A step's metrics as the loop has them."""
-    return dict(metrics._asdict())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -13,7 +12,7 @@ from merging.checkpoints import boxes, open_checkpoint, open_writer
 from merging.checkpoints.layout_reader import LayoutReader
 from merging.engine import hosts
 from merging.models import huggingface, model_file
-from merging.models.config import DecoderConfig, PalmConfig
+from merging.models.config import DecoderConfig, Gemma3Config, LlamaConfig
 
 PARAMS = "params"
 SHARD_BYTES = 5_000_000_000
@@ -53,13 +52,13 @@ def _save(path: epath.Path, params: Any) -> None:
     hosts.wait_for_all(f"room for {path}")
     handler = ocp.PyTreeCheckpointHandler(use_compression=False)
     with contextlib.closing(ocp.Checkpointer(handler)) as checkpointer:
-        checkpointer.save(path, args=ocp.args.PyTreeSave(jax.tree.map(lambda x: x, params)))
+        checkpointer.save(path, args=ocp.args.PyTreeSave(params))
 
 
-def _as_safetensors(folder: epath.Path, config: DecoderConfig, like: epath.PathLike | None) -> None:
+def _as_safetensors(
+    folder: epath.Path, config: LlamaConfig | Gemma3Config, like: epath.PathLike | None
+) -> None:
     """Hugging Face's files in place of the Orbax tree."""
-    if isinstance(config, PalmConfig):
-        raise ValueError("FORMAT is 'safetensors', and Hugging Face has no PaLM: choose 'orbax'")
     with contextlib.closing(open_checkpoint(folder / PARAMS)) as stored:
         reader = LayoutReader(stored, huggingface.layout(config).inverse())
         specs = reader.specs()
