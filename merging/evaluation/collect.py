@@ -211,17 +211,14 @@ class ScoresFile:
         whole, _, torn = text.rpartition("\n")
         lines = whole.split("\n") if whole else []
         self.scores = [self._read(number, line) for number, line in enumerate(lines, 1)]
-        if torn:  # its group was not whole
-            key = _group(self.scores[-1]) if self.scores else None
-            while (
-                self.scores
-                and _group(self.scores[-1]) == key
-                and torn.startswith(_start(self.scores[-1]))
-            ):
+        if torn:
+            # The lines before it may be of its group. What is too short to say so has no such lines whole before it: a group's are
+            # longer together than a page only where there are many.
+            while self.scores and _is_of_group(torn, self.scores[-1]):
                 self.scores.pop()
             temporary = self.path.parent / (self.path.name + ".tmp")
             temporary.write_text("".join(each.line() + "\n" for each in self.scores))
-            temporary.rename(self.path)
+            temporary.replace(self.path)
 
     def _read(self, number: int, line: str) -> Score:
         try:
@@ -252,9 +249,10 @@ def _group(score: Score) -> tuple[str, str, str]:
     return score.model, score.task, score.prompt
 
 
-def _start(score: Score) -> str:
-    """How all lines of a score's group begin."""
-    return json.dumps({"model": score.model, "task": score.task, "prompt": score.prompt})[:-1]
+def _is_of_group(torn: str, score: Score) -> bool:
+    """Whether a line, as far as it goes, may belong to a score's group."""
+    start = json.dumps({"model": score.model, "task": score.task, "prompt": score.prompt})[:-1]
+    return torn.startswith(start) or start.startswith(torn)
 
 
 def write_examples(folder: epath.Path, model: str, each: Result) -> None:
@@ -265,4 +263,4 @@ def write_examples(folder: epath.Path, model: str, each: Result) -> None:
     name = f"{each.task.name}_{each.task.prompt}.jsonl.gz"
     temporary = place / (name + ".tmp")
     temporary.write_bytes(gzip.compress(text.encode(), mtime=0))
-    temporary.rename(place / name)
+    temporary.replace(place / name)
