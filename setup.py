@@ -20,6 +20,7 @@ INSTALL_REQUIRES = [
     "tensorstore>=0.1.86",
     "msgpack>=1.2",  # T5X's files are written by it; read without, since it would take memory for all arrays
     "crc32c>=2.7",  # in hardware and without Python's lock, which google-crc32c holds
+    "matplotlib>=3.11",  # figures of reports; imported by merging/reporting/figures.py when it draws
     # Entry points.
     "absl-py>=2.5.1",
     "gin-config>=0.5.0",  # 0.5.0 builds instances of the class itself, not of a subclass gin made, so they pickle
@@ -78,7 +79,11 @@ setup(
             for suffix in ("", ".*")
         ]
     ),
-    package_data={"gin_configs": ["**/*.gin"], "launch": ["*.sh", "**/*.sh"]},
+    package_data={
+        "gin_configs": ["**/*.gin"],
+        "launch": ["*.sh", "**/*.sh"],
+        "merging": ["**/*.css", "**/*.js"],
+    },
     install_requires=INSTALL_REQUIRES,
     extras_require={
         "test": TEST,
