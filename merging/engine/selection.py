@@ -105,8 +105,6 @@ def _like(names: Sequence[str], patterns: Sequence[str]) -> bool:
 
 def _with(method: Method, settings: Mapping[str, Any]) -> Method:
     changes = {name: value for name, value in settings.items() if hasattr(method, name)}
-    if changes.get("weights") is not None:
-        changes["weights"] = tuple(changes["weights"])
     return dataclasses.replace(method, **changes)
 
 
