@@ -135,14 +135,18 @@ def test_scores_are_the_metrics_of_predictions_and_ratios_of_losses(results):
     assert bits.value == pytest.approx(total / np.log(2) / nbytes)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("shape", [MeshShape(data=2, fsdp=2, model=2), MeshShape(data=8)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        MeshShape(data=2, fsdp=2, model=2),
+        pytest.param(MeshShape(data=8), marks=pytest.mark.slow),
+    ],
+)
 def test_a_mesh_gives_the_same(results, shape: MeshShape):
     meshed = Evaluator(MODEL, TASKS, mesh=shape.mesh(), options=OPTIONS)(params(), "a")
     assert_same(meshed, results)
 
 
-@pytest.mark.slow
 def test_many_models_at_once_give_what_each_gives(evaluator):
     mesh = MeshShape(data=2).mesh(jax.devices()[:2])
     stacked = jax.tree.map(lambda *each: np.stack(each), *(params(seed) for seed in range(4)))
@@ -164,7 +168,6 @@ def test_some_tasks_only(evaluator, results):
     assert_same(evaluator(params(), "a", tasks=TASKS[1:3]), results[1:3])
 
 
-@pytest.mark.slow
 def test_choices_compared_by_their_mean_and_by_what_the_prompt_adds():
     by = {
         name: Evaluator(MODEL, TASKS[:1], options=dataclasses.replace(OPTIONS, normalization=name))(
