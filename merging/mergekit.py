@@ -43,7 +43,9 @@ _NORMALIZED = ("linear", "ties")  # by default
 _RESCALED = ("dare_linear", "dare_ties")
 _METHODS = ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties")
 
-_EMBEDDING = re.compile(r"embed|wte|wpe", re.IGNORECASE)  # before the first layer
+_EMBEDDING = re.compile(
+    r"embed(?!_out)|wte|wpe", re.IGNORECASE
+)  # before the first layer; embed_out is GPT-NeoX's readout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,8 +135,15 @@ class _Reader:
                 raise MergekitError(
                     f"slices[{i}] has the models {list(each.models)}, slices[0] has {models}: all slices must have the same"
                 )
-        is_linear = self.method == "linear"
-        self.experts = [name for name in models if is_linear or name != self.base]
+        if self.method != "linear":
+            models = [name for name in models if name != self.base]
+        elif self.base not in models and "models" in self.config:
+            models.append(self.base)
+            self.notes.append(
+                f"base_model {self.base} is averaged with the models, the last of them, as in mergekit: leave base_model out"
+                " to average the models alone"
+            )
+        self.experts = models
         if not self.experts:
             raise MergekitError(
                 f"there is no model beside the base_model {self.base}: name its experts"
@@ -277,21 +286,23 @@ class _Reader:
     # ---- what holds for one leaf --------------------------------------------------------------------------------------
 
     def _leaves(self) -> list[str]:
-        """The base's float leaves; also checks that the slices are all of its layers."""
+        """The base's float leaves; also counts its layers, and checks that the slices are all of them."""
         reader = open_checkpoint(self.base)
         try:
             leaves = [name for name, spec in reader.specs().items() if spec.is_merged]
         finally:
             reader.close()
-        layers = [found[1] for found in map(layer_of, leaves) if found]
-        self.layers = 1 + max(layers, default=-1)
-        if self.slices[-1].layers not in (
-            None,
-            (self.slices[-1].layers or (0,))[:1] + (self.layers,),
-        ):
+        self.layers: dict[
+            str, int
+        ] = {}  # by the path of the stack: a model of text and images has two
+        for layer, number in filter(None, map(layer_of, leaves)):
+            stack = _stack_of(layer)
+            self.layers[stack] = max(self.layers.get(stack, 0), number + 1)
+        last = self.slices[-1].layers
+        if last is not None and list(self.layers.values()) != [last[1]]:
+            has = " and ".join(f"{count} {stack}" for stack, count in self.layers.items())
             raise MergekitError(
-                f"slices end at layer {self.slices[-1].layers[1]}, and {self.base} has {self.layers}: here a merge has all"
-                " layers of its base"
+                f"slices end at layer {last[1]}, and {self.base} has {has or 'none'}: here a merge has all layers of its base"
             )
         return leaves
 
@@ -301,14 +312,15 @@ class _Reader:
         if found is None:
             t = 0.0 if self.layers else None
             return self.slices[0 if _EMBEDDING.search(leaf) else -1], t
+        layer, number = found
         for each in self.slices:
-            first, stop = each.layers or (0, self.layers)
-            if first <= found[1] < stop:
-                return each, (found[1] - first) / (stop - first - 1) if stop - first > 1 else 1.0
+            first, stop = each.layers or (0, self.layers[_stack_of(layer)])
+            if first <= number < stop:
+                return each, (number - first) / (stop - first - 1) if stop - first > 1 else 1.0
         raise AssertionError(f"{leaf} is in no slice")
 
     def _sources(self, each: _Slice, model: str | None) -> list[Mapping[str, Any]]:
-        of_model = [] if model is None else [each.models[model]]
+        of_model = [] if model is None else [each.models.get(model, {})]
         return [*of_model, each.parameters, self.parameters]
 
     def _words(self, leaf: str) -> tuple[bool, bool]:
@@ -455,6 +467,11 @@ def _evaluated(setting: Any, leaf: str, t: float | None, kind: Any, key: str) ->
                 raise MergekitError(f"{key}: a filter has no value")
             return _evaluated(condition["value"], leaf, t, kind, key)
     return None
+
+
+def _stack_of(layer: str) -> str:
+    """`model/layers/7` -> `model/layers`."""
+    return layer.rpartition("/")[0]
 
 
 def _most_common(recipes: Iterable[_Recipe]) -> _Recipe:

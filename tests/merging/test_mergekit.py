@@ -14,12 +14,14 @@ import merging
 from launch import gin_config
 from launch.merge import RUN_FILE, configured, mergekit_bindings
 from merging import mergekit
+from merging.engine.selection import Selection
 from merging.methods.averaging import Averaging
 from merging.methods.dare import Dare
 from merging.methods.dare_ties import DareTies
 from merging.methods.method import Method
 from merging.methods.task_arithmetic import TaskArithmetic
 from merging.methods.ties import Ties
+from merging.paths import canonical
 from tests import models
 from tests.merging.test_merge import expected
 
@@ -99,9 +101,12 @@ def test_methods(
         "models": [{"model": folder} for folder in folders["experts"]],
         "parameters": {"weight": 1.0} | parameters,
     }
+    linear = name == "linear"
+    if linear:
+        del config["base_model"]  # which would be averaged too
     found = mergekit.translate(written(tmp_path, config))
     assert found.settings == {
-        "base": folders["base"],
+        "base": folders["experts"][0] if linear else folders["base"],
         "experts": folders["experts"],
         "method": method,
         "patterns": None,
@@ -215,6 +220,47 @@ def test_linear_without_a_base_takes_the_first_model(three, tmp_path: pathlib.Pa
     assert found["base"] == folders["experts"][0] and found["experts"] == folders["experts"]
 
 
+def test_linear_averages_its_base_too(three, tmp_path: pathlib.Path):
+    """As mergekit does, which adds base_model to the models; its weight is then the file's own."""
+    folders = three[2]
+    config = {
+        "merge_method": "linear",
+        "base_model": folders["base"],
+        "models": of_experts(folders, {"weight": 1}, {"weight": 2}, {"weight": 3}),
+    }
+    with pytest.raises(mergekit.MergekitError, match="weight is missing for .* of .*base"):
+        mergekit.translate(written(tmp_path, config))
+    config["parameters"] = {"weight": 0.5}
+    found = mergekit.translate(written(tmp_path, config))
+    assert found.settings["experts"] == [*folders["experts"], folders["base"]]
+    assert found.settings["method"] == Averaging(weights=(1.0, 2.0, 3.0, 0.5))
+    assert "averaged" in found.notes[0]
+
+
+def test_gradients_run_over_each_stack_of_layers(tmp_path: pathlib.Path):
+    """A model of text and images has two, which mergekit takes apart; GPT-NeoX's embed_out is a readout."""
+    names = [f"text.layers.{i}.mlp.weight" for i in range(3)]
+    names += [f"vision.layers.{i}.mlp.weight" for i in range(5)]
+    shapes = dict.fromkeys([*names, "embed_out.weight"], (4, 4))
+    base, experts = models.base_and_experts(1, shapes=shapes, copied=False, dtypes=(np.float32,))
+    folders = models.save_all(tmp_path / "models", base, experts)
+    config = {
+        "merge_method": "task_arithmetic",
+        "base_model": folders["base"],
+        "models": of_experts(folders, {"weight": [0.0, 1.0]}),
+    }
+    found = mergekit.translate(written(tmp_path, config)).settings
+    selection = Selection(patterns=found["patterns"])
+    weights = [selection.method((n, canonical(n)), found["method"]).weights[0] for n in names]
+    assert weights == [0, 0.5, 1, 0, 0.25, 0.5, 0.75, 1]
+    del config["models"]
+    sources = [{"model": folders["experts"][0], "layer_range": [0, 2], "parameters": {"weight": 1}}]
+    second = sources[0] | {"layer_range": [2, 3], "parameters": {"weight": 2}}
+    config["slices"] = [{"sources": sources}, {"sources": [second]}]
+    with pytest.raises(mergekit.MergekitError, match="has 3 text/layers and 5 vision/layers"):
+        mergekit.translate(written(tmp_path, config))
+
+
 def test_the_command_gets_the_same_settings(three, tmp_path: pathlib.Path):
     folders = three[2]
     config = {
@@ -265,12 +311,12 @@ def test_the_command_gets_the_same_settings(three, tmp_path: pathlib.Path):
         ({"models": "TWICE"}, "twice"),
         ({"models": "LORA"}, "adapters"),
         ({"parameters": {"densty": 0.5}}, "'densty', .* did you mean density"),
-        ({"parameters": {"density": 0.5}}, "weight is missing for model.embed_tokens.weight"),
+        ({"parameters": {"density": 0.5}}, "weight is missing for .* of .*expert_0"),
         ({"parameters": {"weight": "much"}}, "weight is 'much': wanted a finite number"),
         ({"parameters": {"weight": True}}, "weight is True"),
         (
             {"parameters": {"weight": -1.0}},
-            "model.embed_tokens.weight: Ties.weights are .*negative",
+            "Ties.weights are .*negative",
         ),
         ({"parameters": {"weight": 1, "normalize": 3}}, "normalize is 3"),
         ({"parameters": {"weight": 1, "rescale": True}}, "rescale: true of ties"),

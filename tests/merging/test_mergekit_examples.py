@@ -43,6 +43,14 @@ OURS = {
           - {model: b, parameters: {weight: 0.5}}
         parameters: {normalize: false}
         """,
+    "linear_with_base": """
+        merge_method: linear
+        base_model: base
+        models:
+          - {model: a, parameters: {weight: 0.2}}
+          - {model: b, parameters: {weight: [0.5, 1.0]}}
+        parameters: {weight: 0.7}
+        """,
     "task_arithmetic": """
         merge_method: task_arithmetic
         base_model: base
