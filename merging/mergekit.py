@@ -352,6 +352,15 @@ class _Reader:
                 weight, density = 0.0, 1.0  # nothing of it is left
             weights.append(weight)
             densities.append(min(density, 1.0))
+        if (
+            normalize
+            and self.method in ("task_arithmetic", "dare_linear")
+            and abs(sum(weights)) < 1e-8
+        ):
+            raise MergekitError(
+                f"the weights of {leaf} are {weights}, whose sum mergekit takes for 0 and does not normalize by: set"
+                " normalize to false, or other weights"
+            )
         if self.method in ("linear", "task_arithmetic"):
             densities = [1.0] * len(densities)
         return _Recipe(scale, tuple(weights), tuple(densities))

@@ -33,6 +33,7 @@ from typing import (
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from merging.kernels.arithmetic import Number, float32, unfused
@@ -233,7 +234,7 @@ def check_scale(method: str, value: Number) -> None:
 def check_weights(
     method: str, weights: Weights, *, is_vote: bool = False, is_mean: bool = False
 ) -> None:
-    """Raises ValueError unless all weights are finite (and none negative in a vote, and their sum not 0 in a mean)."""
+    """Raises ValueError unless all weights are finite (and none negative in a vote, and their float32 sum not 0 in a mean)."""
     if weights is None or not all(isinstance(w, numbers.Real) for w in weights):
         return
     if not all(math.isfinite(w) for w in weights):
@@ -242,7 +243,7 @@ def check_weights(
         raise ValueError(
             f"{method}.weights are {tuple(weights)}: a vote has no negative weights; 0 leaves an expert out"
         )
-    if is_mean and sum(weights) == 0:
+    if is_mean and sum(map(np.float32, weights)) == 0:
         raise ValueError(
             f"{method}.weights are {tuple(weights)}: their sum is 0, so they have no mean"
         )

@@ -319,6 +319,10 @@ def test_the_command_gets_the_same_settings(three, tmp_path: pathlib.Path):
             "Ties.weights are .*negative",
         ),
         ({"parameters": {"weight": 1, "normalize": 3}}, "normalize is 3"),
+        (
+            {"merge_method": "dare_linear", "parameters": {"weight": 1e-9, "normalize": True}},
+            "whose sum mergekit takes for 0",
+        ),
         ({"parameters": {"weight": 1, "rescale": True}}, "rescale: true of ties"),
         (
             {"parameters": {"weight": 1, "normalize": [{"filter": "mlp", "value": False}]}},

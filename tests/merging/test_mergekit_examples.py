@@ -100,7 +100,7 @@ OURS = {
         base_model: base
         models:
           - {model: a, parameters: {weight: 0.5, density: [0.3, 1.0]}}
-          - {model: b, parameters: {weight: [0.5, -1.0], density: 0.5}}
+          - {model: b, parameters: {weight: [0.5, -0.2], density: 0.5}}
         parameters: {normalize: true, rescale: false, lambda: 0.7}
         """,
     "dare_ties": """

@@ -418,7 +418,7 @@ def run_config(config: Mapping[str, Any], folder: pathlib.Path) -> Theirs:
 
 @contextlib.contextmanager
 def recorded_masks() -> Iterator[dict[str, list[np.ndarray]]]:
-    """What torch.bernoulli gives while mergekit merges, by the leaf that it works on."""
+    """What torch.bernoulli gives while mergekit merges, by the leaf that it works on; not where it can give nothing (density 0)."""
     drawn: dict[str, list[np.ndarray]] = {}
     method = task_arithmetic.GeneralizedTaskArithmeticMerge
     merge_group, bernoulli = method.merge_group, torch.bernoulli
@@ -431,7 +431,8 @@ def recorded_masks() -> Iterator[dict[str, list[np.ndarray]]]:
 
     def recorded(probabilities: Any) -> Any:
         mask = bernoulli(probabilities)
-        drawn.setdefault(leaf, []).append(mask.bool().numpy())
+        if probabilities.any():
+            drawn.setdefault(leaf, []).append(mask.bool().numpy())
         return mask
 
     with pytest.MonkeyPatch.context() as patch:
