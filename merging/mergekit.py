@@ -3,7 +3,8 @@
 Read are the methods that both have (linear, task_arithmetic, ties, dare_linear, dare_ties) with all that mergekit 0.1.5 lets one
 set of them; filters and gradients over layers become PATTERNS, evaluated leaf by leaf as mergekit does: a gradient runs over
 the layers of its slice, and what lies in no layer (embeddings, last norm, readout) takes its first value. A trim is that of
-each tensor, a vote of zero elects +, DARE restores L1 norms. All else is refused by name: nothing is left out in silence.
+each tensor, a vote of zero elects +, DARE restores L1 norms, linear averages a base_model with its models. All else is refused
+by name: nothing is left out in silence. Filters are held against the base's leaf names, in Hugging Face's spelling mergekit's.
 
 Deviations: arithmetic is in float32 whatever `dtype` says, which is the type of the output (`out_dtype` before it). DARE's masks are
 those of `draw`, not torch's. What `tests/merging/test_mergekit_parity.py` lists.

@@ -32,8 +32,7 @@ def of_tree_path(path: tuple[Any, ...]) -> str:
 
 def is_like(name: str, patterns: Iterable[str]) -> bool:
     """Whether a leaf's name, as it stands or as a canonical path, is like one of some shell patterns: `*mlp*`."""
-    names = (name, canonical(name))
-    return any(fnmatch.fnmatchcase(each, pattern) for pattern in patterns for each in names)
+    return Patterns(patterns).first([name]) is not None
 
 
 class Patterns:
