@@ -57,6 +57,10 @@ class Dare(TaskVectorMethod):
         check_rescale("Dare", self.rescale, self.density)
 
     @property
+    def draws_masks(self) -> bool:
+        return True
+
+    @property
     def asks_l1(self) -> bool:
         return self.rescale == "l1"
 

@@ -62,6 +62,10 @@ class DareTies(TaskVectorMethod):
         check_choice("DareTies", "combine", self.combine, ("mean", "sum"))
 
     @property
+    def draws_masks(self) -> bool:
+        return True
+
+    @property
     def trim_fraction(self) -> Number | None:
         return self.trim_density
 
