@@ -24,6 +24,7 @@ INSTALL_REQUIRES = [
     # Entry points.
     "absl-py>=2.5.1",
     "gin-config>=0.5.0",  # 0.5.0 builds instances of the class itself, not of a subclass gin made, so they pickle
+    "pyyaml>=6.0.2",  # mergekit's configurations
     "tqdm>=4.67.1",  # the oldest that mergekit 0.1.5 (extra `peers`) accepts too
     # Tasks. Imported by tasks/ only.
     "seqio>=0.0.20",
