@@ -21,13 +21,15 @@ from typing import Any
 import jax
 from etils import epath
 
-from merging.checkpoints.storage import sync
+from merging.checkpoints.storage import small_file, sync
 
 MANIFEST = "manifest.json"
 MARKER = (
     "unfinished.json"  # in a staging folder from its first moment: shows that it is ours to remove
 )
 LIBRARIES = ("jax", "jaxlib", "numpy", "ml_dtypes", "tensorstore", "orbax-checkpoint")
+
+_MAX_MANIFEST_BYTES = 256 << 20  # checksums of a model of 2^40 parameters
 
 
 class OutputError(ValueError):
@@ -79,7 +81,9 @@ class Staging:
             self.create(what)
             return False
         try:
-            then = json.loads(marker.read_text())
+            then = json.loads(small_file(marker, _MAX_MANIFEST_BYTES))
+            if not isinstance(then, dict):
+                raise ValueError(f"it holds a {type(then).__name__}, not an object")
         except ValueError as error:
             raise OutputError(f"{marker} can't be read: {error}; remove {self.folder}") from error
         if digest(then) != digest(what):
@@ -125,7 +129,7 @@ def read(folder: epath.PathLike) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(small_file(path, _MAX_MANIFEST_BYTES))
         if not isinstance(manifest, dict):
             raise ValueError(f"it holds a {type(manifest).__name__}, not an object")
         return manifest
@@ -155,7 +159,8 @@ def is_done(output: epath.PathLike, identity: Mapping[str, Any]) -> bool:
         )
     if found.get("identity_digest") == digest(identity):
         return True
-    then = found.get("identity", {})
+    then = found.get("identity")
+    then = then if isinstance(then, dict) else {}
     different = sorted(k for k in {*then, *identity} if then.get(k) != identity.get(k))
     raise OutputError(
         f"{output} holds the output of another run, which differs in {', '.join(different) or 'its version'}: choose another"

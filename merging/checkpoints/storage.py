@@ -176,6 +176,37 @@ class ByteSource:
         )
 
 
+def small_file(path: epath.PathLike, limit: int = 64 << 20) -> bytes:
+    """A file's bytes, whole. Raises CheckpointError where it is larger than `limit` bytes, no regular file, or a link that
+    leads out of its folder."""
+    if leads_out(path):
+        raise CheckpointError(
+            f"{os.fspath(path)} is a link to {os.path.realpath(path)}: a checkpoint is read from its own folder only; copy"
+            " it with its files"
+        )
+    with contextlib.closing(ByteSource(path)) as source:
+        if source.size > limit:
+            raise CheckpointError(
+                f"{os.fspath(path)}: {source.size} bytes, wanted at most {limit}; do not trust this checkpoint"
+            )
+        return source.read(0, source.size)
+
+
+def leads_out(path: epath.PathLike) -> bool:
+    """Whether a file is a symbolic link out of its folder.
+
+    A snapshot in the Hugging Face hub's cache is a folder of links to ../../blobs; those are fine.
+    """
+    if not is_local(path) or not os.path.islink(path):
+        return False
+    home = os.path.realpath(os.path.dirname(os.path.abspath(os.fspath(path))))
+    allowed = {home}
+    snapshots = os.path.dirname(home)
+    if os.path.basename(snapshots) == "snapshots":
+        allowed.add(os.path.join(os.path.dirname(snapshots), "blobs"))
+    return os.path.dirname(os.path.realpath(path)) not in allowed
+
+
 def is_local(path: epath.PathLike) -> bool:
     """True for this machine's file systems (mounted ones too), False for `gs://` and the like."""
     return "://" not in os.fspath(path)

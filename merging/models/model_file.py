@@ -20,7 +20,7 @@ from etils import epath
 from merging.checkpoints.format import CheckpointError
 from merging.checkpoints.huggingface import carried_files
 from merging.checkpoints.safetensors_header import load_json, refuse, show
-from merging.checkpoints.storage import put_file
+from merging.checkpoints.storage import leads_out, put_file, small_file
 from merging.models import huggingface
 from merging.models.config import DecoderConfig
 from merging.models.families import FAMILIES, family_of
@@ -111,7 +111,7 @@ def read(folder: epath.PathLike, **changes: Any) -> ModelFile:
             f"{path} does not exist, which says what model a checkpoint is of: give the model (MODEL) and its vocabulary"
             " (VOCABULARY)"
         )
-    described = load_json(path.read_bytes(), str(path))
+    described = load_json(small_file(path), str(path))
     version = described.pop("version", None)
     if version != VERSION:
         raise CheckpointError(f"{path}: version is {show(version)}, wanted {VERSION}")
@@ -169,7 +169,7 @@ def vocabulary_of_files(folder: epath.PathLike, *, digest: str | None = None) ->
 
 
 def _config(family: Any, sizes: Any, changes: Mapping[str, Any], *, where: str) -> DecoderConfig:
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise CheckpointError(f"{where}: family is {show(family)}; there are {', '.join(FAMILIES)}")
     if not isinstance(sizes, dict):
         raise CheckpointError(
@@ -194,11 +194,15 @@ def _vocabulary(described: Any, path: epath.Path) -> Vocabulary | None:
         raise CheckpointError(
             f"{path}: vocabulary is {show(described)}, wanted a name, a digest and files"
         )
-    files = {name: path.parent / name for name in described["files"]}
+    names = described["files"]
+    texts = [described["name"], *(names if isinstance(names, list) else [names])]
+    if not isinstance(names, list) or not all(isinstance(text, str) for text in texts):
+        raise CheckpointError(f"{path}: vocabulary is {show(described)}, wanted names")
+    files = {name: path.parent / name for name in names}
     missing = [
         f"{show(name)} is not there"
         for name, file in files.items()
-        if "/" in name or not file.exists()
+        if "/" in name or not file.is_file() or leads_out(file)
     ]
     refuse(path, missing, "the vocabulary's files must lie beside it: fetch or copy them")
     return Vocabulary(name=described["name"], digest=described["digest"], files=files)
