@@ -21,6 +21,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from merging.checkpoints.safetensors_header import load_json, show
 from merging.checkpoints.storage import small_file, sync
 
 MANIFEST = "manifest.json"
@@ -29,6 +30,7 @@ MARKER = (
 )
 LIBRARIES = ("jax", "jaxlib", "numpy", "ml_dtypes", "tensorstore", "orbax-checkpoint")
 
+_OBJECTS = ("identity", "environment", "inputs", "checksums", "merges")  # what is read again
 _MAX_MANIFEST_BYTES = 256 << 20  # checksums of a model of 2^40 parameters
 
 
@@ -81,9 +83,7 @@ class Staging:
             self.create(what)
             return False
         try:
-            then = json.loads(small_file(marker, _MAX_MANIFEST_BYTES))
-            if not isinstance(then, dict):
-                raise ValueError(f"it holds a {type(then).__name__}, not an object")
+            then = load_json(small_file(marker, _MAX_MANIFEST_BYTES), MARKER)
         except ValueError as error:
             raise OutputError(f"{marker} can't be read: {error}; remove {self.folder}") from error
         if digest(then) != digest(what):
@@ -129,10 +129,11 @@ def read(folder: epath.PathLike) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        manifest = json.loads(small_file(path, _MAX_MANIFEST_BYTES))
-        if not isinstance(manifest, dict):
-            raise ValueError(f"it holds a {type(manifest).__name__}, not an object")
-        return manifest
+        found = load_json(small_file(path, _MAX_MANIFEST_BYTES), MANIFEST)
+        for key in _OBJECTS:
+            if not isinstance(found.get(key, {}), dict):
+                raise ValueError(f"{key} is {show(found[key])}, wanted an object")
+        return found
     except (ValueError, OSError) as error:
         raise OutputError(f"{path} can't be read: {error}") from error
 
@@ -159,8 +160,7 @@ def is_done(output: epath.PathLike, identity: Mapping[str, Any]) -> bool:
         )
     if found.get("identity_digest") == digest(identity):
         return True
-    then = found.get("identity")
-    then = then if isinstance(then, dict) else {}
+    then = found.get("identity", {})
     different = sorted(k for k in {*then, *identity} if then.get(k) != identity.get(k))
     raise OutputError(
         f"{output} holds the output of another run, which differs in {', '.join(different) or 'its version'}: choose another"

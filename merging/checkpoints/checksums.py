@@ -14,6 +14,7 @@ import numpy as np
 from crc32c import crc32c
 
 from merging.checkpoints.format import CheckpointError, Index, LeafSpec, Reader
+from merging.checkpoints.safetensors_header import show
 
 Checksums = Mapping[str, Mapping[str, str]]
 
@@ -48,6 +49,8 @@ def _boxes(
     specs: Mapping[str, LeafSpec], checksums: Checksums, *, where: str
 ) -> list[tuple[str, str, Index]]:
     boxes, problems = [], []
+    if not isinstance(checksums, dict) or not all(isinstance(v, dict) for v in checksums.values()):
+        raise CheckpointError(f"{where}: the manifest's checksums are {show(checksums)}")
     for name in checksums.keys() - specs.keys():
         problems.append(f"leaf {name} of the manifest is not in the checkpoint")
     for name, spec in specs.items():

@@ -118,7 +118,13 @@ def carried_files(
         config = read_config(folder)
         if not _set_dtype(config, config_dtype):
             config["torch_dtype"] = config_dtype
-        carried["config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        try:
+            carried["config.json"] = text.encode()
+        except UnicodeEncodeError as error:
+            raise CheckpointError(
+                f"{folder / 'config.json'} spells what is not Unicode text: {error}"
+            ) from None
     return carried
 
 

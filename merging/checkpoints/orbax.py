@@ -170,6 +170,8 @@ def _entries(
         try:
             path = tuple(map(_key, entry["key_metadata"]))
             kind = entry["value_metadata"]["value_type"]
+            if not path:
+                raise ValueError("no keys")
         except (KeyError, TypeError, ValueError):
             raise CheckpointError(
                 f"{where}: leaf {show(name)} is described by {show(entry)}, wanted its keys and a value_type"

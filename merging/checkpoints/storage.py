@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import functools
 import os
 import stat
@@ -36,6 +37,9 @@ from merging.checkpoints.format import CheckpointError
 # lock, of which a merge's workers make ten thousand a second. Whoever commits calls `check_unchanged` first, so a change
 # between two looks can stop a run late, but never goes unseen.
 SECONDS_BETWEEN_LOOKS = 0.02
+
+# What the system says of a path that leads to no file, rather than of a disk that fails.
+_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 _VANISHED = "{}: the file vanished since it was opened; put it back and run again"
 
@@ -66,8 +70,11 @@ class ByteSource:
             else:
                 found = self.path.stat()
                 self.size, self.mtime_ns = found.length, found.mtime * 10**9
-        except FileNotFoundError:
-            raise CheckpointError(f"{self._name}: no such file; check the path") from None
+        except OSError as error:
+            if error.errno not in _NO_FILE:
+                raise
+            reason = "no such file" if error.errno == errno.ENOENT else error.strerror
+            raise CheckpointError(f"{self._name}: {reason}; check the path") from None
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fills `buffer` (writable bytes, contiguous) with the bytes from `offset` (bytes) on.

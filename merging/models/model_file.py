@@ -31,6 +31,8 @@ VERSION = 1
 TOKENIZER_FILE = "tokenizer.json"
 
 _CHOSEN_BY_RUNS = ("dropout_rate", "remat")
+# What JSON has for the types of fields; of others (tuples of names) the configuration itself sees to it.
+_TYPES = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -176,9 +178,15 @@ def _config(family: Any, sizes: Any, changes: Mapping[str, Any], *, where: str) 
             f"{where}: sizes are {show(sizes)}, wanted the fields of a configuration"
         )
     kind = FAMILIES[family][0]
-    known = {field.name for field in dataclasses.fields(kind)} - set(_CHOSEN_BY_RUNS)
+    types = {f.name: f.type for f in dataclasses.fields(kind) if f.name not in _CHOSEN_BY_RUNS}
+    known = types.keys()
     problems = [f"sizes: {name} is missing" for name in sorted(known - sizes.keys())]
     problems += [f"sizes: {name} is unknown to {family}" for name in sorted(sizes.keys() - known)]
+    problems += [
+        f"sizes: {name} is {show(value)}, wanted {types[name]}"
+        for name, value in sizes.items()
+        if type(value) not in _TYPES.get(types.get(name), (type(value),))
+    ]
     refuse(where, problems, "it was written by another version of this program, or changed")
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in sizes.items()}
     try:
