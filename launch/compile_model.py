@@ -10,6 +10,8 @@ import collections
 import dataclasses
 import importlib.metadata
 import re
+import resource
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +86,7 @@ def compile_model(
     from merging.models.palm import Palm
     from merging.training.programs import PROGRAMS, Work, model_programs
 
+    started = time.perf_counter()
     unknown = set(programs) - {*PROGRAMS, "merge"}
     if unknown:
         raise ValueError(
@@ -124,6 +127,11 @@ def compile_model(
     if "merge" in programs:
         for name, found in _merges(network, devices, experts=experts, methods=methods):
             _add(report, name, found, chip, tokens=None)
+    # In KiB on Linux; this process alone, compiler included.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    seconds = time.perf_counter() - started
+    report["compiler"] = {"seconds": seconds, "peak_bytes": peak}
+    print(f"\ncompiled in {seconds:.0f} s, with at most {_size(peak)} of this machine's memory")
     return report
 
 
@@ -188,23 +196,16 @@ def _merges(
 
 def _summed(each: Sequence[tuple[int, Figures]]) -> Figures:
     """Programs that run one after another, with the arguments and results of all in memory."""
-    from merging.engine.compiled import Collective
+    from merging.engine.collectives import added
 
     def total(name: str) -> int:
         return sum(count * getattr(found, name) for count, found in each)
 
-    collectives: dict[str, Collective] = {}
-    for count, found in each:
-        for kind, one in found.collectives.items():
-            before = collectives.get(
-                kind, Collective(count=0, nbytes=0, largest_bytes=0, dtypes=())
-            )
-            collectives[kind] = Collective(
-                count=before.count + count * one.count,
-                nbytes=before.nbytes + count * one.nbytes,
-                largest_bytes=max(before.largest_bytes, one.largest_bytes),
-                dtypes=tuple(sorted({*before.dtypes, *one.dtypes})),
-            )
+    kinds = sorted({kind for _, found in each for kind in found.collectives})
+    collectives = {
+        kind: added([(n, f.collectives[kind]) for n, f in each if kind in f.collectives])
+        for kind in kinds
+    }
     temporaries = max(found.temporary_bytes for _, found in each)
     summed = ("argument_bytes", "output_bytes", "bytes_accessed", "bytes_touched", "flops")
     counts = {name: total(name) for name in (*summed, "operations")}
