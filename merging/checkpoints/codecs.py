@@ -82,7 +82,8 @@ def _check_zstd(read: Read, size: int, limit: int, where: str) -> None:
         magic = take(4)
         if magic in _SKIPPABLE:
             count_block()
-            at += take(4)
+            skipped = take(4)
+            at += skipped
             continue
         if magic != _ZSTD_MAGIC:
             raise _damaged(where, "zstd", f"0x{magic:08x} begins no frame")

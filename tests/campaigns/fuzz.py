@@ -28,6 +28,7 @@ import json
 import multiprocessing
 import os
 import pathlib
+import pickle
 import random
 import resource
 import shutil
@@ -41,6 +42,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 
 from merging import manifest
 from merging.checkpoints import (
@@ -262,7 +264,7 @@ def _read_config(folder: pathlib.Path) -> None:
     """As the stages do: what goes along first, which also says the type of the weights; then the model."""
     for content in huggingface.carried_files(folder, "bfloat16").values():
         assert isinstance(content, bytes) or content.is_relative_to(folder)
-    huggingface.read_config(folder)
+    huggingface.read_config(epath.Path(folder))
     model_file.describe(folder)
 
 
@@ -291,11 +293,9 @@ def _manifest(folder: pathlib.Path) -> None:
         n: {checksums.box_text(boxes.whole(a.shape)): checksums.checksum(a)}
         for n, a in ARRAYS.items()
     }
-    digest = manifest.digest(_IDENTITY)
-    manifest.write(
-        folder,
-        {"stage": "merge", "identity": _IDENTITY, "identity_digest": digest, "checksums": found},
-    )
+    told = {"stage": "merge", "identity": _IDENTITY, "identity_digest": manifest.digest(_IDENTITY)}
+    told |= {"method": "Ties()", "inputs": {"base": {"path": "b", "digest": "5f"}}}
+    manifest.write(folder, {**told, "environment": {"code": "5f"}, "checksums": found})
     shutil.copytree(folder, folder / "out.partial")
     (folder / "out.partial" / manifest.MARKER).write_text(json.dumps(_IDENTITY))
 
@@ -307,6 +307,39 @@ def _read_manifest(folder: pathlib.Path) -> None:
     manifest.is_done(folder, _IDENTITY)
     collections.deque(show.shown([str(folder)], is_verified=True), maxlen=0)
     manifest.Staging(folder / "out").resume(_IDENTITY)
+
+
+# Faults, for the tests to see that they are found: --only=planted.
+FAULTS = {
+    b"error": lambda folder: {}["a key"],
+    b"outside": lambda folder: (folder / "../outside/config.json").read_bytes(),
+    b"list": lambda folder: os.listdir(folder / ".."),
+    b"write": lambda folder: (folder / "new").write_bytes(b""),
+    b"memory": lambda folder: bytearray(2 * MEMORY_BYTES),
+    b"pickle": lambda folder: pickle.loads(b"cos\ngetcwd\n."),
+    b"by tensorstore": lambda folder: _read_by_tensorstore(folder.parent / "outside"),
+    b"crash": lambda folder: os.kill(os.getpid(), signal.SIGSEGV),
+    b"hang": lambda folder: _turn_for_ever(),
+}
+
+
+def _turn_for_ever() -> None:
+    while True:
+        pass
+
+
+def _read_by_tensorstore(folder: pathlib.Path) -> None:
+    import tensorstore as ts
+
+    ts.KvStore.open({"driver": "file", "path": f"{folder}/"}).result().read("data").result()
+
+
+def _plant(rng: random.Random, data: bytes) -> bytes:
+    return rng.choice([data, *FAULTS])
+
+
+def _fall(folder: pathlib.Path) -> None:
+    FAULTS.get((folder / "fault").read_bytes(), lambda folder: None)(folder)
 
 
 _ANY = mutations.mutate_bytes
@@ -342,6 +375,7 @@ _PACKED = {
 }
 
 SUBJECTS = (
+    Subject("planted", 0, lambda folder: (folder / "fault").touch(), _fall, {"fault": _plant}),
     Subject("safetensors", 12, _safetensors(1 << 20), read_checkpoint, {".safetensors": mutations.mutate_safetensors}),
     Subject(
         "safetensors shards", 8, _safetensors(16), read_checkpoint,
@@ -398,7 +432,7 @@ class Bench:
     def __init__(self, root: pathlib.Path, only: str = ""):
         self.root, self.outside = root, root / "outside"
         self._build_outside()
-        self.subjects = [subject for subject in SUBJECTS if only in subject.name]
+        self.subjects = [s for s in SUBJECTS if only in s.name and (s.weight or only)]
         self._whole: dict[str, dict[str, bytes]] = {}
         self._damageable: dict[str, list[tuple[str, Mutate]]] = {}
         for subject in self.subjects:
@@ -426,9 +460,9 @@ class Bench:
     def case(self, seed: int, number: int) -> Case:
         """The input of a number."""
         rng = random.Random(f"{seed}/{number}")
-        subject = rng.choices(self.subjects, [s.weight for s in self.subjects])[0]
+        subject = rng.choices(self.subjects, [s.weight or 1 for s in self.subjects])[0]
         files = self._whole[subject.name]
-        if rng.random() < _REPLACED:
+        if rng.random() < _REPLACED and subject.weight:
             return Case(subject, rng.choice(list(files)), None, rng.choice(REPLACEMENTS))
         file, mutate = rng.choice(self._damageable[subject.name])
         content = mutate(rng, files[file])
@@ -697,6 +731,7 @@ class Share(NamedTuple):
 
 def work(share: Share, first: int, at: Any) -> None:
     """Does a share from input `first` on; `at` tells which one is under way, the share's log what was found."""
+    parent = os.getppid()  # who may be killed without a word
     with open(share.log, "a", buffering=1) as lines:
         root = pathlib.Path(os.path.realpath(tempfile.mkdtemp(dir=share.folder)))
         bench, watch = Bench(root, share.only), Watch(root)
@@ -708,7 +743,7 @@ def work(share: Share, first: int, at: Any) -> None:
                 lines.write(json.dumps({"counts": [[*k, n] for k, n in counts.items()]}) + "\n")
                 counts.clear()
                 limit_memory()
-                if time.monotonic() > share.deadline:
+                if time.monotonic() > share.deadline or os.getppid() != parent:
                     break
             at.value = number
             case = bench.case(share.seed, number)
