@@ -88,11 +88,9 @@ def _check_zstd(read: Read, size: int, limit: int, where: str) -> None:
         if magic != _ZSTD_MAGIC:
             raise _damaged(where, "zstd", f"0x{magic:08x} begins no frame")
         descriptor = take(1)
-        is_whole = bool(descriptor & 0x20)  # a single segment: the window's size is not told
-        at += (0 if is_whole else 1) + (0, 1, 2, 4)[descriptor & 3]  # the dictionary's number
-        at += (int(is_whole), 2, 4, 8)[
-            descriptor >> 6
-        ]  # the content's size, to which nothing holds it
+        is_whole = descriptor >> 5 & 1  # a single segment: the window's size is not told
+        at += 1 - is_whole + (0, 1, 2, 4)[descriptor & 3]  # the dictionary's number
+        at += (is_whole, 2, 4, 8)[descriptor >> 6]  # the content's size, which nothing keeps to
         is_last = False
         while not is_last:
             count_block()

@@ -18,7 +18,7 @@ from etils import epath
 
 from merging.checkpoints.format import CheckpointError, LeafSpec
 from merging.checkpoints.safetensors_header import load_json, refuse, show
-from merging.checkpoints.storage import leads_out, small_file
+from merging.checkpoints.storage import is_own_file, leads_out, small_file
 
 MODEL_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -109,8 +109,11 @@ def carried_files(
     )
     refuse(
         folder,
-        [f"{name} is a link out of the folder" for name in names if leads_out(folder / name)]
-        + [f"{name} is no regular file" for name in names if not (folder / name).is_file()],
+        [
+            f"{name} is a link out of the folder, or no regular file"
+            for name in names
+            if not is_own_file(folder / name)
+        ],
         "copy these files into the folder, or remove them",
     )
     carried: dict[str, epath.Path | bytes] = {name: folder / name for name in names}

@@ -199,6 +199,13 @@ def small_file(path: epath.PathLike, limit: int = 64 << 20) -> bytes:
         return source.read(0, source.size)
 
 
+def is_own_file(path: epath.PathLike) -> bool:
+    """Whether this is a regular file, and no link out of its folder."""
+    if not is_local(path):
+        return epath.Path(path).is_file()
+    return os.path.isfile(path) and not leads_out(path)  # to epath, pipes are files
+
+
 def leads_out(path: epath.PathLike) -> bool:
     """Whether a file is a symbolic link out of its folder.
 

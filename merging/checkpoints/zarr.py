@@ -222,23 +222,22 @@ class Array:
         """Raises CheckpointError where a chunk may unpack to far more than its elements take."""
         meta = self.metadata
 
-        def at(start: int) -> codecs.Read:
-            return lambda offset, count: self._folder.read(blob.part(start + offset, count))
+        def read(offset: int, count: int) -> bytes:
+            return self._folder.read(blob.part(offset, count))
+
+        def check(packing: str | None, start: int, size: int, nbytes: int) -> None:
+            size -= meta.trailing
+            if packing in codecs.INFLATED:  # unpacked here only to see its size
+                codecs.inflate(packing, read(start, size), nbytes, where)
+            elif packing is not None:
+                codecs.check(packing, lambda at, n: read(start + at, n), size, nbytes, where)
 
         if meta.shard is None:
-            if (
-                meta.packing in codecs.INFLATED
-            ):  # not plain: seen to be of its size, and unpacked again
-                codecs.inflate(meta.packing, self._folder.read(blob), meta.chunk_bytes, where)
-            elif meta.packing is not None:
-                codecs.check(
-                    meta.packing, at(0), blob.nbytes - meta.trailing, meta.chunk_bytes, where
-                )
+            check(meta.packing, 0, blob.nbytes, meta.chunk_bytes)
             return
         inner = math.prod(meta.shard.chunk) * meta.dtype.itemsize
-        for start, size in _shard_index(meta, at(0), blob.nbytes, where):
-            if meta.shard.packing is not None:
-                codecs.check(meta.shard.packing, at(start), size - meta.trailing, inner, where)
+        for start, size in _shard_index(meta, read, blob.nbytes, where):
+            check(meta.shard.packing, start, size, inner)
 
     def _open(self) -> Any:
         import tensorstore as ts
@@ -426,10 +425,6 @@ def _parse_v3(tree: Mapping[str, Any]) -> Metadata:
         if len(tree["codecs"]) > 1:
             raise ValueError(f"codecs {show(tree['codecs'])} are not read: shards packed again")
         packing, is_plain, trailing = _chain(first[1]["codecs"])
-        if packing in codecs.INFLATED:
-            raise ValueError(
-                f"codecs {show(first[1])} are not read: shards of chunks packed with {packing}"
-            )
         location = first[1].get("index_location", "end")
         if location not in ("start", "end") or _chain(first[1]["index_codecs"]) != (None, True, 4):
             raise ValueError(f"the index of shards {show(first[1])} is not read")

@@ -20,7 +20,7 @@ from etils import epath
 from merging.checkpoints.format import CheckpointError
 from merging.checkpoints.huggingface import carried_files
 from merging.checkpoints.safetensors_header import load_json, refuse, show
-from merging.checkpoints.storage import leads_out, put_file, small_file
+from merging.checkpoints.storage import is_own_file, put_file, small_file
 from merging.models import huggingface
 from merging.models.config import DecoderConfig
 from merging.models.families import FAMILIES, family_of
@@ -202,15 +202,14 @@ def _vocabulary(described: Any, path: epath.Path) -> Vocabulary | None:
         raise CheckpointError(
             f"{path}: vocabulary is {show(described)}, wanted a name, a digest and files"
         )
-    names = described["files"]
-    texts = [described["name"], *(names if isinstance(names, list) else [names])]
-    if not isinstance(names, list) or not all(isinstance(text, str) for text in texts):
+    name, names = described["name"], described["files"]
+    if not isinstance(names, list) or not all(isinstance(text, str) for text in (name, *names)):
         raise CheckpointError(f"{path}: vocabulary is {show(described)}, wanted names")
     files = {name: path.parent / name for name in names}
     missing = [
         f"{show(name)} is not there"
         for name, file in files.items()
-        if "/" in name or not file.is_file() or leads_out(file)
+        if "/" in name or not is_own_file(file)
     ]
     refuse(path, missing, "the vocabulary's files must lie beside it: fetch or copy them")
-    return Vocabulary(name=described["name"], digest=described["digest"], files=files)
+    return Vocabulary(name=name, digest=described["digest"], files=files)

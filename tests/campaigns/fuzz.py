@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import functools
 import gzip
 import json
 import multiprocessing
@@ -351,20 +352,23 @@ def _chunk(rng: random.Random, data: bytes) -> bytes:
     """A compressed chunk: damaged, or one of far too many elements."""
     if rng.random() < 0.5:
         return mutations.mutate_bytes(rng, data)
-    return rng.choice(_BOMBS)
+    return rng.choice(_bombs())
 
 
-_BOMBS = (
-    gzip.compress(bytes(1000), mtime=0),
-    mutations.zstd_bomb(1000),
-    mutations.zstd_bomb(1 << 30),
-    gzip.compress(gzip.compress(bytes(300 << 20), 9, mtime=0), mtime=0),
-    gzip.compress(bytes(300 << 20), 9, mtime=0),
-    b"\x02\x01\x13\x04"
-    + (2**31 - 1).to_bytes(4, "little") * 2
-    + (20).to_bytes(4, "little")
-    + bytes(4),  # blosc
-)
+@functools.cache
+def _bombs() -> tuple[bytes, ...]:
+    large = gzip.compress(bytes(300 << 20), 9, mtime=0)
+    blosc = b"\x02\x01\x13\x04" + b"\xff\xff\xff\x7f" * 2 + b"\x14" + bytes(7)
+    return (
+        gzip.compress(bytes(1000), mtime=0),
+        mutations.zstd_bomb(1000),
+        mutations.zstd_bomb(1 << 30),
+        gzip.compress(large, mtime=0),
+        large,
+        blosc,
+    )
+
+
 _PACKED = {
     "/0": _chunk,
     "/0.0": _chunk,
@@ -711,7 +715,8 @@ def limit_memory() -> None:
 
 
 def _warm_up(bench: Bench) -> None:
-    """Every subject as it is, so that libraries are loaded and have their threads."""
+    """Every subject as it is, so that libraries are loaded and have their threads; and what takes memory to make."""
+    _bombs()
     for subject in bench.subjects:
         for _ in range(3):
             subject.read(bench.folder(subject))

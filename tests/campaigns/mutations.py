@@ -18,6 +18,8 @@ import msgpack
 
 Mutate = Callable[[random.Random, bytes], bytes]
 
+_MOST_BYTES = 1 << 17  # of what is written many times: more would only take time
+
 # Values of outside arrays are made of this byte, so no damage may bring it in.
 MARK = 0xCA
 
@@ -143,10 +145,18 @@ def _damage(rng: random.Random, root: list[Any]) -> None:
                 entry, [rng.choice(NAMES), _value(rng)] if isinstance(node, Map) else _value(rng)
             )
         else:
-            few = len(places) < 200  # more would only take time
-            node.extend(
-                _copied(node[entry]) for _ in range(rng.choice((1, 10, 1000)) if few else 1)
-            )
+            most = max(1, _MOST_BYTES // _weight(node[entry]))
+            node.extend(_copied(node[entry]) for _ in range(min(most, rng.choice((1, 10, 1000)))))
+
+
+def _weight(node: Any) -> int:
+    """About how many bytes a value takes when it is written."""
+    if isinstance(node, Extension):
+        return _weight(node.content)
+    if isinstance(node, list):
+        return 8 + sum(map(_weight, node))
+    text = node.json if isinstance(node, Literal) else node
+    return 8 + (len(text) if isinstance(text, (str, bytes)) else 0)
 
 
 def _nudged(rng: random.Random, value: Any) -> Any:
