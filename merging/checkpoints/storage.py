@@ -183,7 +183,7 @@ class ByteSource:
         )
 
 
-def small_file(path: epath.PathLike, limit: int = 64 << 20) -> bytes:
+def small_file(path: epath.PathLike, limit: int = 4 << 20) -> bytes:
     """A file's bytes, whole. Raises CheckpointError where it is larger than `limit` bytes, no regular file, or a link that
     leads out of its folder."""
     if leads_out(path):

@@ -54,7 +54,6 @@ def edited(path: pathlib.Path, change: Callable[[dict], object]) -> None:
 # ---- JSON that says something else than it should --------------------------------------------------------------------
 
 NO_KEYS = {"key_metadata": "", "value_metadata": {"value_type": "np.ndarray"}}
-DEEP = '{"a":' * 5000 + "1" + "}" * 5000
 
 
 @pytest.mark.parametrize(
@@ -92,9 +91,10 @@ def test_what_json_says(tmp_path, subject, file, change, message):
     ("subject", "file"),
     [(s.name, f) for s in fuzz.SUBJECTS for f in s.files if f in ("_METADATA", "config.json", "model.json", "manifest.json")],
 )  # fmt: skip
-def test_what_is_nested_too_deeply(tmp_path, subject, file):
+@pytest.mark.parametrize("depth", [40, 5000])
+def test_what_is_nested_too_deeply(tmp_path, subject, file, depth):
     folder = built(subject, tmp_path / "c")
-    next(folder.rglob(file)).write_text(DEEP)
+    next(folder.rglob(file)).write_text('{"a":' * depth + "1" + "}" * depth)
     with pytest.raises(SUBJECTS[subject].errors, match="nested too deeply"):
         SUBJECTS[subject].read(folder)
 
