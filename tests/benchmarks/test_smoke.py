@@ -36,6 +36,12 @@ def test_many_and_memory(tmp_path: pathlib.Path):
     assert "\n| 1 M x 1 | averaging | " in printed
 
 
+@pytest.mark.slow
+def test_formats(tmp_path: pathlib.Path):
+    printed = run(tmp_path, "--formats", "--methods=averaging", "--experts=1")
+    assert "\n| averaging | orbax | " in printed and "\n| averaging | t5x | " in printed
+
+
 def test_train(tmp_path: pathlib.Path):
     sizes = {
         "model_type": "llama",
