@@ -24,7 +24,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from absl import flags, logging
+from absl import flags
 
 from launch import command, devices, gin_config
 from launch.progress import Evaluating
@@ -80,13 +80,13 @@ def configured(
     """What gin files and bindings say: arguments of the stage, of its examples and of the tasks, under these names."""
     import tasks
     from launch.evaluation import Examples
-    from merging.models.config import Gemma3Config, LlamaConfig, PalmConfig, named
-    from merging.partitioning import MeshShape
+    from merging.evaluate import Settings
 
-    gin_config.register(settings, name="evaluate")
+    gin_config.register(Settings, name="evaluate")
     gin_config.register(Examples, name="examples")
     gin_config.register(tasks.register, name="register")
-    gin_config.register_values(named, PalmConfig, LlamaConfig, Gemma3Config, MeshShape)
+    gin_config.register_models()
+    gin_config.register_values(named_checkpoints)
     gin_config.parse(
         files,
         bindings,
@@ -97,45 +97,23 @@ def configured(
         "tasks": gin_config.resolve(tasks.register, name="register").arguments,
         "examples": Examples(**gin_config.resolve(Examples, name="examples").arguments),
     }
-    resolved = gin_config.resolve(settings, name="evaluate")
-    arguments["settings"] = settings(**resolved.arguments)
+    resolved = gin_config.resolve(Settings, name="evaluate")
+    arguments["settings"] = Settings(**resolved.arguments)
     return gin_config.Resolved(arguments=arguments, text=resolved.text)
 
 
-def settings(
-    output_dir: str,
-    initial_checkpoint_path: str | None = None,
-    checkpoints: Sequence[str] | Mapping[str, str] | None = None,
-    model: Any = None,
-    params_path: str | None = None,
-    mesh: Any = None,
-    dtype: str | None = None,
-    param_dtype: str | None = None,
-    normalization: str = "sum",
-    row_length: int = 2_048,
-    batch_tokens: int = 4_096,
-    shapes: int = 4,
-    vocabulary_chunks: int = 1,
-    prefix_lm: bool | None = None,
-    write_examples: bool = False,
-) -> Any:
-    """The stage's settings, with a name for each checkpoint: that of its folder, where none was given."""
-    from merging.evaluate import Settings
+def named_checkpoints(
+    initial_checkpoint_path: str | None, checkpoints: Sequence[str] | Mapping[str, str] | None
+) -> dict[str, str]:
+    """Each folder by the name that was given, or else by its own: of one checkpoint, or of several.
 
-    given = dict(locals())
-    for name in ("initial_checkpoint_path", "checkpoints", "Settings"):
-        del given[name]
+    Raises ValueError for two of one name.
+    """
     if (initial_checkpoint_path is None) == (checkpoints is None):
         raise ValueError("give INITIAL_CHECKPOINT_PATH, or CHECKPOINTS, and not both")
-    return Settings(
-        checkpoints=named_checkpoints(checkpoints or [initial_checkpoint_path]), **given
-    )
-
-
-def named_checkpoints(checkpoints: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
-    """Each folder by its name. Raises ValueError for two of one name."""
     if isinstance(checkpoints, Mapping):
         return dict(checkpoints)
+    checkpoints = [initial_checkpoint_path] if checkpoints is None else checkpoints
     found = {pathlib.PurePosixPath(path).name: path for path in checkpoints}
     if len(found) < len(checkpoints):
         raise ValueError(
@@ -151,8 +129,7 @@ def evaluate(
     from launch.evaluation import evaluation_tasks
     from merging import evaluate as stage
 
-    if logging.get_verbosity() == logging.INFO:
-        logging.set_verbosity(logging.WARNING)  # seqio tells of every dataset that it caches
+    command.quiet_libraries()
     asked = resolved.arguments["settings"]
     registered = with_vocabulary(resolved.arguments["tasks"], asked)
     tasks, identity = evaluation_tasks(resolved.arguments["examples"], registered)

@@ -110,6 +110,14 @@ def register_values(*makers: Callable[..., Any]) -> None:
             gin.external_configurable(maker, module=maker.__module__)
 
 
+def register_models() -> None:
+    """Makes what configures models and meshes bindable: gin_configs/models and gin_configs/meshes. Safe to call twice."""
+    from merging.models.config import Gemma3Config, LlamaConfig, PalmConfig, named
+    from merging.partitioning import MeshShape
+
+    register_values(named, PalmConfig, LlamaConfig, Gemma3Config, MeshShape)
+
+
 @functools.cache
 def register_optax() -> None:
     """Makes optax's optimizers and schedules bindable as `optax.name`, but for those that the library has itself."""

@@ -26,7 +26,6 @@ from merging.evaluate import Settings
 from merging.evaluation.collect import Result
 from merging.evaluation.evaluator import Evaluator
 from merging.evaluation.examples import Example, Task
-from merging.models import model_file
 from merging.models.families import model_of
 from merging.models.parameters import read_params
 from merging.partitioning import MeshShape
@@ -197,7 +196,7 @@ def evaluate(
       names: of tasks of the harness, or of those defined in `include_path`.
       echo: hears the harness's table of each model.
     """
-    mesh = (settings.mesh or MeshShape(data=jax.device_count())).mesh()
+    mesh = (settings.mesh or MeshShape.of_all_devices()).mesh()
     identity = {
         "stage": "harness",
         "models": {k: str(path) for k, path in settings.checkpoints.items()},
@@ -239,12 +238,7 @@ def evaluate(
 def _evaluate_of(
     settings: Settings, model_id: str, path: epath.PathLike, mesh: Mesh
 ) -> Callable[[Sequence[Task]], list[Result]]:
-    changes = {
-        name: value
-        for name, value in (("dtype", settings.dtype), ("param_dtype", settings.param_dtype))
-        if value is not None
-    }
-    config = settings.model or model_file.describe(path, **changes).config
+    config = settings.config_of(path)
     params = read_params(path, config, mesh, params_path=settings.params_path)
 
     def run(tasks: Iterable[Task]) -> list[Result]:

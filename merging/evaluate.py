@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 from etils import epath
 
 from merging import manifest
@@ -64,6 +63,14 @@ class Settings:
     vocabulary_chunks: int = 1
     prefix_lm: bool | None = None
     write_examples: bool = False
+
+    def config_of(self, checkpoint: epath.PathLike) -> DecoderConfig:
+        """The configuration of the model in a folder. Raises CheckpointError where nothing says it."""
+        given = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        changes = {name: value for name, value in given.items() if value is not None}
+        if self.model is None:
+            return model_file.describe(checkpoint, **changes).config
+        return dataclasses.replace(self.model, **changes)
 
     def options(self, config: DecoderConfig) -> Options:
         """How a model of this configuration is run."""
@@ -143,17 +150,9 @@ def plan(settings: Settings, tasks: Sequence[Task], *, tasks_identity: Mapping[s
         raise ValueError(
             "there is no model to evaluate: give CHECKPOINTS or INITIAL_CHECKPOINT_PATH"
         )
-    changes = {
-        name: value
-        for name, value in (("dtype", settings.dtype), ("param_dtype", settings.param_dtype))
-        if value is not None
-    }
     configs, inputs = {}, {}
     for model_id, path in settings.checkpoints.items():
-        if settings.model is None:
-            config = model_file.describe(path, **changes).config
-        else:
-            config = dataclasses.replace(settings.model, **changes)
+        config = settings.config_of(path)
         reader = open_checkpoint(epath.Path(path), params_path=settings.params_path)
         try:
             as_model(reader, config)
@@ -212,7 +211,7 @@ def run(
         log(f"goes on from {staging.folder}")
     hosts.wait_for_all("staged")
     file = ScoresFile(staging.folder / SCORES)
-    mesh = (settings.mesh or MeshShape(data=jax.device_count())).mesh()
+    mesh = (settings.mesh or MeshShape.of_all_devices()).mesh()
     evaluators: dict[DecoderConfig, Evaluator] = {}
     ties = examples = 0
     total = planned.examples
