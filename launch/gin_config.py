@@ -175,7 +175,10 @@ def parse(
 
 def resolve(stage: Callable[..., Any], *, name: str) -> Resolved:
     """The arguments that the parsed configuration binds for a registered stage."""
-    arguments = gin.get_configurable(f"{stage.__module__}.{name}")()
+    try:
+        arguments = gin.get_configurable(f"{stage.__module__}.{name}")()
+    except ValueError as error:  # of what `@maker()` calls, to which gin adds where it was called
+        raise ValueError(str(error).split("\n  In call to configurable")[0]) from error
     for parameter in inspect.signature(stage).parameters.values():
         if parameter.default is parameter.empty and parameter.name not in arguments:
             raise ValueError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 from etils import epath
@@ -107,7 +107,7 @@ class Plan:
             if any(task.kind == kind for task in self.tasks)
         )
         lines = [
-            f"{len(self.configs)} models on {len(self.tasks)} tasks ({kinds}), {self.examples:,} examples each,"
+            f"{_number(self.configs, 'model')} on {_number(self.tasks, 'task')} ({kinds}), {self.examples:,} examples each,"
             f" to {self.settings.output_dir}"
         ]
         cut_inputs = sum(task.cut_inputs for task in self.tasks)
@@ -117,6 +117,10 @@ class Plan:
                 f"cut to TASK_FEATURE_LENGTHS: the inputs of {cut_inputs:,} examples, choices of {cut_targets:,}"
             )
         return "\n".join(lines)
+
+
+def _number(things: Sized, name: str) -> str:
+    return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
 
 
 _KINDS = {"rank": "ranked", "generate": "generated", "loss": "of loss"}
