@@ -69,7 +69,7 @@ def main(joined: devices.Processes) -> None:
     bindings += gin_config.GIN_BINDINGS.value
     resolved = configured(files, bindings, search_paths=gin_config.GIN_SEARCH_PATHS.value)
     if HARNESS_TASKS.value:
-        harness_evaluate(resolved, joined, HARNESS_PATH.value)
+        harness_evaluate(resolved, joined, HARNESS_PATH.value, is_dry_run=gin_config.DRY_RUN.value)
     else:
         evaluate(resolved, joined, is_dry_run=gin_config.DRY_RUN.value)
 
@@ -148,13 +148,26 @@ def evaluate(
 
 
 def harness_evaluate(
-    resolved: gin_config.Resolved, joined: devices.Processes, include_path: str | None
-) -> dict[str, Any]:
-    """Prints the harness's tables of its tasks; returns its results by model."""
-    from launch import harness
+    resolved: gin_config.Resolved,
+    joined: devices.Processes,
+    include_path: str | None = None,
+    *,
+    is_dry_run: bool = False,
+) -> dict[str, Any] | None:
+    """Prints configuration and the harness's tables of its tasks; returns its results by model, None after a dry run."""
+    try:
+        from launch import harness
+    except ImportError as error:
+        raise ValueError(
+            "tasks of lm-evaluation-harness need it: pip install -e '.[peers]'"
+        ) from error
     from tasks import vocabularies
 
+    command.quiet_libraries()
     asked, examples = resolved.arguments["settings"], resolved.arguments["examples"]
+    echo = print if joined.index == 0 else lambda text: None
+    echo(resolved.text)
+    names = examples.mixture_or_task_name
     spec = with_vocabulary(resolved.arguments["tasks"], asked)["vocabulary"]
     if spec is None:
         from tasks.miniature import vocabulary
@@ -164,12 +177,17 @@ def harness_evaluate(
         made = vocabularies.load(spec)
     return harness.evaluate(
         asked,
-        examples.mixture_or_task_name,
+        harness.Asked(
+            names=[names] if isinstance(names, str) else names,
+            include_path=include_path,
+            limit=examples.limit,
+            few_shot=examples.few_shot,
+        ),
         vocabulary=made,
-        include_path=include_path,
-        limit=examples.limit,
-        few_shot=examples.few_shot,
-        echo=print if joined.index == 0 else lambda text: None,
+        vocabulary_digest=vocabularies.digest(made),
+        config_text=resolved.text,
+        is_dry_run=is_dry_run,
+        echo=echo,
     )
 
 

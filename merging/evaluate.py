@@ -150,6 +150,23 @@ def plan(settings: Settings, tasks: Sequence[Task], *, tasks_identity: Mapping[s
 
     Raises ValueError or CheckpointError for what can't be evaluated.
     """
+    configs, identity = described_models(settings)
+    largest = _largest_token(tasks)
+    for model_id, config in configs.items():
+        if largest >= config.vocab_size:
+            raise ValueError(
+                f"model {model_id} has a vocabulary of {config.vocab_size:,} and the tasks have a token {largest:,}: give the"
+                " VOCABULARY that the model was trained with"
+            )
+    identity = {"stage": "evaluate", **identity, "tasks": _as_json(tasks_identity)}
+    return Plan(settings=settings, tasks=tasks, configs=configs, identity=identity)
+
+
+def described_models(settings: Settings) -> tuple[dict[str, DecoderConfig], dict[str, Any]]:
+    """Each model's configuration, and JSON that says all that scores depend on besides the tasks: models and settings.
+
+    Raises ValueError or CheckpointError for models that can't be evaluated, and for an output that is or lies in one of them.
+    """
     if not settings.checkpoints:
         raise ValueError(
             "there is no model to evaluate: give CHECKPOINTS or INITIAL_CHECKPOINT_PATH"
@@ -163,12 +180,6 @@ def plan(settings: Settings, tasks: Sequence[Task], *, tasks_identity: Mapping[s
             inputs[model_id] = {"path": str(path), "digest": reader.digest()}
         finally:
             reader.close()
-        largest = _largest_token(tasks)
-        if largest >= config.vocab_size:
-            raise ValueError(
-                f"model {model_id} has a vocabulary of {config.vocab_size:,} and the tasks have a token {largest:,}: give the"
-                " VOCABULARY that the model was trained with"
-            )
         configs[model_id] = config
         settings.options(config)
     manifest.check_apart(epath.Path(settings.output_dir), list(settings.checkpoints.values()))
@@ -181,13 +192,11 @@ def plan(settings: Settings, tasks: Sequence[Task], *, tasks_identity: Mapping[s
     ):  # where, and what the models are told by
         del plain[name]
     identity = {
-        "stage": "evaluate",
         "models": inputs,
         "configs": {model_id: dataclasses.asdict(config) for model_id, config in configs.items()},
-        "tasks": dict(tasks_identity),
         "settings": plain,
     }
-    return Plan(settings=settings, tasks=tasks, configs=configs, identity=_as_json(identity))
+    return configs, _as_json(identity)
 
 
 def run(
