@@ -11,6 +11,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -215,10 +216,10 @@ class Asked:
         """JSON that says all that the tasks depend on, but for the data sets that they name."""
         definitions = {}
         if self.include_path is not None:
-            folder = epath.Path(self.include_path)
+            folder = pathlib.Path(self.include_path)  # the harness reads local ones only
             definitions = {
                 str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-                for path in sorted(folder.glob("**/*"))
+                for path in sorted(folder.rglob("*"))
                 if path.suffix in (".yaml", ".py")
             }
         return {

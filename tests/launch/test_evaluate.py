@@ -208,22 +208,19 @@ def test_two_processes_of_four_devices_give_the_same(
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_and_gives_the_same(
-    checkpoint: pathlib.Path, tmp_path: pathlib.Path
+    checkpoint: pathlib.Path, whole: pathlib.Path, tmp_path: pathlib.Path
 ):
-    both = {"INITIAL_CHECKPOINT_PATH": None, "CHECKPOINTS": {"a": str(checkpoint), "b": str(checkpoint)}}  # fmt: skip
-    ended, whole = tmp_path / "ended", tmp_path / "whole"
-    # Of four saves, two tasks of two models, the third dies with its temporary file written and not yet in place.
+    both = {"a": str(checkpoint), "b": str(checkpoint)}
+    given = {"INITIAL_CHECKPOINT_PATH": None, "CHECKPOINTS": both}
+    ended, partial = tmp_path / "ended", tmp_path / "ended.partial"
+    # Of four saves, two tasks of two models, the third dies with its file written and not yet in place.
     killed = subprocess.run(
-        command(checkpoint, ended, module="tests.launch.killed_evaluate", **both), cwd=REPOSITORY
+        command(checkpoint, ended, module="tests.launch.killed_evaluate", **given), cwd=REPOSITORY
     )
     assert killed.returncode == -signal.SIGKILL
-    assert not ended.exists()
-    partial = tmp_path / "ended.partial"
-    before = len(lines(partial))
-    assert (partial / "scores.jsonl.tmp").exists()
-    again = run(checkpoint, ended, **both)
-    assert 0 < before < len(again.scores)
-    assert again.examples == 10
-    assert not list(ended.glob("*.tmp"))
-    run(checkpoint, whole, **both)
-    assert lines(ended) == lines(whole)
+    assert not ended.exists() and (partial / "scores.jsonl.tmp").exists()
+    assert {line["model"] for line in lines(partial)} == {"a"}
+    again = run(checkpoint, ended, **given)
+    assert again.examples == 10  # the second model's
+    assert lines(ended) == [line | {"model": name} for name in both for line in lines(whole)]
+    assert not (ended / "scores.jsonl.tmp").exists()
