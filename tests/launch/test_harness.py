@@ -70,6 +70,19 @@ def definitions(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> path
     return folder
 
 
+def tokenizer(checkpoint: pathlib.Path) -> Any:
+    """The checkpoint's for transformers: where no tokenizer_config.json lies beside it, config.json says start and end."""
+    import transformers
+
+    file = str(checkpoint / "tokenizer.json")
+    config = json.loads((checkpoint / "config.json").read_text())
+    known = transformers.PreTrainedTokenizerFast(tokenizer_file=file)
+    known.bos_token, known.eos_token = known.convert_ids_to_tokens(
+        [config["bos_token_id"], config["eos_token_id"]]
+    )
+    return known
+
+
 def ours(checkpoint: pathlib.Path, output: pathlib.Path, folder: pathlib.Path, **how: Any) -> Any:
     given = {
         "INITIAL_CHECKPOINT_PATH": str(checkpoint),
@@ -113,7 +126,13 @@ def test_numbers_are_those_of_its_own_backend(
     found = ours(checkpoint, output, definitions)["smollm2"]
     assert "|ranked |" in capsys.readouterr().out
     theirs = with_samples(
-        HFLM(pretrained=str(checkpoint), device="cpu", dtype="float32", batch_size=4),
+        HFLM(
+            pretrained=str(checkpoint),
+            tokenizer=tokenizer(checkpoint),
+            device="cpu",
+            dtype="float32",
+            batch_size=4,
+        ),
         tasks=list(TASKS),
         task_manager=TaskManager(include_path=str(definitions), include_defaults=False),
         bootstrap_iters=1_000,
