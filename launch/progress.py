@@ -176,20 +176,14 @@ class Evaluating(_Shown):
         self.log(told)
 
 
-class Studying:
+class Studying(_Shown):
     """Lines of a study: items of a phase, and between them how training gets on. Called with (phase, items done, of how many, the last)."""
 
-    def __init__(
-        self,
-        *,
-        stream: TextIO | None = None,
-        is_shown: bool = True,
-        clock: Callable[[], float] = time.monotonic,
-    ):
-        """The arguments are those of `Progress`."""
-        self._stream, self._is_shown, self._clock = stream or sys.stderr, is_shown, clock
+    def __init__(self, stream: TextIO | None = None, **how: Any):
+        """As of `_Shown`."""
+        super().__init__(stream, **how)
         self._phase: str | None = None
-        self._started = self._told = clock()
+        self._started = self._told = self._clock()
         self._before = 0
 
     def __call__(self, phase: str, done: int, total: int, name: str) -> None:
@@ -211,11 +205,6 @@ class Studying:
             self._told = now
             loss, accuracy = values["loss"], values["accuracy"]
             self.log(f"  {name} step {step:,}: loss {loss:.4f}, accuracy {accuracy:.3f}")
-
-    def log(self, text: str) -> None:
-        """A line of words."""
-        if self._is_shown:
-            print(text, file=self._stream, flush=True)
 
 
 def duration(seconds: float) -> str:

@@ -579,7 +579,7 @@ class _Making:
 
     @functools.cached_property
     def _mesh(self) -> jax.sharding.Mesh:
-        return (self.settings.mesh or MeshShape(data=jax.device_count())).mesh()
+        return (self.settings.mesh or MeshShape.of_all_devices()).mesh()
 
     @functools.lru_cache(maxsize=1)  # sizes come one after another  # noqa: B019
     def _evaluator(self, config: DecoderConfig) -> Evaluator:

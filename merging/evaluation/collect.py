@@ -237,7 +237,7 @@ class ScoresFile:
 def put_scores(folder: epath.Path, results: Iterable[Result]) -> None:
     """The scores of a whole run as `scores.jsonl`, in place of what is there."""
     lines = [score.line() + "\n" for each in results for score in each.scores]
-    _put_whole(folder / SCORES, "".join(lines).encode())
+    put_whole(folder / SCORES, "".join(lines).encode())
 
 
 def _group(score: Score) -> tuple[str, str, str]:
