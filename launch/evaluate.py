@@ -38,38 +38,42 @@ RUN_FILE = "gin_configs/runs/evaluate.gin"
 flags.adopt_module_key_flags(gin_config)
 flags.adopt_module_key_flags(devices)
 
-CHECKPOINT = flags.DEFINE_list(
-    "checkpoint", None, "Folders, with commas between; short for --gin.CHECKPOINTS."
-)
-TASKS = flags.DEFINE_list(
-    "tasks",
-    None,
-    "Mixtures or tasks, with commas between; short for --gin.MIXTURE_OR_TASK_NAME.",
-)
-OUTPUT = flags.DEFINE_string("output", None, "Folder to be made; short for --gin.OUTPUT_DIR.")
-HARNESS_TASKS = flags.DEFINE_list(
-    "harness_tasks", None, "Tasks of lm-evaluation-harness, in place of ours."
-)
-HARNESS_PATH = flags.DEFINE_string(
-    "harness_path", None, "A folder with definitions of them; the harness's own are then not known."
-)
+
+def define_flags() -> None:
+    """Not at import, since other commands have flags of these names."""
+    flags.DEFINE_list(
+        "checkpoint", None, "Folders, with commas between; short for --gin.CHECKPOINTS."
+    )
+    flags.DEFINE_list(
+        "tasks",
+        None,
+        "Mixtures or tasks, with commas between; short for --gin.MIXTURE_OR_TASK_NAME.",
+    )
+    flags.DEFINE_string("output", None, "Folder to be made; short for --gin.OUTPUT_DIR.")
+    flags.DEFINE_list("harness_tasks", None, "Tasks of lm-evaluation-harness, in place of ours.")
+    flags.DEFINE_string(
+        "harness_path",
+        None,
+        "A folder with definitions of them; the harness's own are then not known.",
+    )
 
 
 def main(joined: devices.Processes) -> None:
     """Evaluates as the flags say."""
+    values = flags.FLAGS
     files, bindings = gin_config.shorthand(
         {
-            "CHECKPOINTS": CHECKPOINT.value,
-            "MIXTURE_OR_TASK_NAME": TASKS.value or HARNESS_TASKS.value,
-            "OUTPUT_DIR": OUTPUT.value,
+            "CHECKPOINTS": values.checkpoint,
+            "MIXTURE_OR_TASK_NAME": values.tasks or values.harness_tasks,
+            "OUTPUT_DIR": values.output,
         },
         gin_config.GIN_FILE.value,
         run_file=RUN_FILE,
     )
     bindings += gin_config.GIN_BINDINGS.value
     resolved = configured(files, bindings, search_paths=gin_config.GIN_SEARCH_PATHS.value)
-    if HARNESS_TASKS.value:
-        harness_evaluate(resolved, joined, HARNESS_PATH.value, is_dry_run=gin_config.DRY_RUN.value)
+    if values.harness_tasks:
+        harness_evaluate(resolved, joined, values.harness_path, is_dry_run=gin_config.DRY_RUN.value)
     else:
         evaluate(resolved, joined, is_dry_run=gin_config.DRY_RUN.value)
 
@@ -260,4 +264,5 @@ def described(report: Report, planned: Any) -> str:
 
 
 if __name__ == "__main__":
+    define_flags()
     command.run(main)

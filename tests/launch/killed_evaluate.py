@@ -28,4 +28,5 @@ def put_whole(path: epath.Path, content: bytes) -> None:
 if __name__ == "__main__":
     stage.SAVE_TOKENS = 1  # after each task
     collect.put_whole = put_whole
+    evaluate.define_flags()
     command.run(evaluate.main)
