@@ -587,7 +587,7 @@ class _Making:
 
     @functools.cached_property
     def _mesh(self) -> jax.sharding.Mesh:
-        mesh = self.settings.mesh or MeshShape(data=jax.device_count())
+        mesh = self.settings.mesh or MeshShape.of_all_devices()
         return mesh.mesh() if isinstance(mesh, MeshShape) else mesh
 
     @functools.lru_cache(maxsize=1)  # sizes come one after another  # noqa: B019
