@@ -156,7 +156,8 @@ def processes(
 def platform_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """What to add to an environment so that jax starts quickly, on what is there, and without deadlocks."""
     added = {}
-    added["TF_CPP_MIN_LOG_LEVEL"] = environment.get("TF_CPP_MIN_LOG_LEVEL", "2")  # errors only
+    # TensorFlow, which reads text here, calls a missing GPU an error; what is one raises besides.
+    added["TF_CPP_MIN_LOG_LEVEL"] = environment.get("TF_CPP_MIN_LOG_LEVEL", "3")
     # numpy's BLAS, read when numpy is imported: it has small products only, and its idle threads spin on the workers' cores.
     added["OPENBLAS_NUM_THREADS"] = environment.get("OPENBLAS_NUM_THREADS", "1")
     platforms = environment.get("JAX_PLATFORMS")

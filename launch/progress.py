@@ -104,10 +104,10 @@ class Training:
         self._steps, self._stream, self._is_shown = steps, stream or sys.stderr, is_shown
         self._clock = clock
         self._told: float | None = None
+        self._told_step: int | None = None
         self._first: tuple[float, int] | None = (
             None  # when, and at which step, this name was first heard of
         )
-        self._name: str | None = None
 
     def __call__(self, name: str, step: int, values: Mapping[str, float]) -> None:
         if not self._is_shown:
@@ -116,9 +116,10 @@ class Training:
         if self._first is None or step < self._first[1]:
             self._first = (now, step)
         is_due = self._told is None or now - self._told >= LINE_PERIOD_S or step == self._steps
+        is_due |= step == self._told_step  # of other experts that are trained by the same step
         if not is_due and "validation/loss" not in values:
             return
-        self._told = now
+        self._told, self._told_step = now, step
         shown = [
             f"{label} {values[key]:{form}}"
             for key, label, form in (

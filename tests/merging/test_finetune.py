@@ -18,6 +18,7 @@ from merging.checkpoints.format import CheckpointError
 from merging.models import model_file
 from merging.models.parameters import read_params
 from merging.partitioning import MeshShape
+from merging.training import planning
 from merging.training.loop import Interrupted, TrainingError
 from merging.training.optimizer import Averaging, adamw
 from tests.merging.training import runs
@@ -331,7 +332,7 @@ def test_a_full_disk_is_refused(tmp_path: pathlib.Path, monkeypatch: pytest.Monk
 
 def test_optimizers_are_known_by_what_they_do():
     def digest(**changes: Any) -> str:
-        return finetune._behaviour(runs.settings(pathlib.Path("out"), **changes))
+        return planning._behaviour(runs.settings(pathlib.Path("out"), **changes))
 
     assert digest() == digest(optimizer=lambda rate: adamw(rate))
     others = [
