@@ -13,6 +13,7 @@ import dataclasses
 import glob
 import importlib.util
 import os
+import pathlib
 import re
 import sys
 from collections.abc import Mapping
@@ -47,6 +48,12 @@ INITIALIZATION_TIMEOUT = flags.DEFINE_integer(
     "Seconds to wait for the other processes.",
     lower_bound=1,
 )
+COMPILATION_CACHE_DIR = flags.DEFINE_string(
+    "compilation_cache_dir",
+    None,
+    "Folder of compiled programs, which later runs take from there; '' for none; default JAX_COMPILATION_CACHE_DIR, else"
+    " ~/.cache/merging-at-scale/compiled.",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,7 +85,20 @@ def start_from_flags() -> Processes:
         index=PROCESS_INDEX.value,
     )
     start(joined, timeout_s=INITIALIZATION_TIMEOUT.value)
+    keep_compiled(os.environ, COMPILATION_CACHE_DIR.value)
     return joined
+
+
+def keep_compiled(environment: Mapping[str, str], folder: str | None) -> None:
+    """Compiled programs are kept in the folder, or where the environment or the user's cache is; "" keeps none."""
+    import jax
+
+    if folder is None and "JAX_COMPILATION_CACHE_DIR" in environment:
+        return  # jax has read it
+    if folder is None:
+        cache = environment.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+        folder = str(pathlib.Path(cache) / "merging-at-scale" / "compiled")
+    jax.config.update("jax_compilation_cache_dir", folder or None)
 
 
 def start(joined: Processes | None = None, *, timeout_s: int = INITIALIZATION_TIMEOUT_S) -> None:

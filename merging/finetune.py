@@ -16,28 +16,24 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
 from merging import manifest, partitioning
 from merging.engine import hosts
 from merging.models import model_file
-from merging.models.decoder import Decoder, boxed_params
-from merging.models.families import model_of
-from merging.models.parameters import read_params
 from merging.training import output
 from merging.training.batch import Batch
-from merging.training.checkpoints import Checkpoints
+from merging.training.checkpoints import Checkpoints, read_state
 from merging.training.curves import flops_per_token, metrics_files, of_expert
 from merging.training.feed import Feed, Placement
+from merging.training.initial import initial_params
 from merging.training.loop import Loop, Progress, Schedule, Seconds, Values
 from merging.training.planning import Plan, plan
 from merging.training.settings import Mixture, Settings
 from merging.training.step import TrainState
-from merging.training.trainer import Recipe, Trainer, trainer
+from merging.training.trainer import Trainer, recipe, trainer
 
 __all__ = ["Mixture", "Plan", "Report", "Settings", "plan", "run"]
 
@@ -101,6 +97,7 @@ def run(
     ),
     evaluate: Callable[[str, Any, int], Mapping[str, float]] | None = None,
     should_stop: Callable[[int], bool] = lambda step: False,
+    trace: Callable[[int], None] = lambda step: None,
 ) -> Report:
     """Does what was planned.
 
@@ -110,11 +107,12 @@ def run(
       write_metrics: told (name of the expert, step, metrics by name) of the main process.
       evaluate: (name of the mixture, parameters, step) -> metrics that go beside those of a validation.
       should_stop: (steps taken) -> whether to save the state and stop; the same on all hosts.
+      trace: told (steps taken) before each step begins, for who takes a profile.
 
     Raises loop.TrainingError for a loss that is not finite, loop.Interrupted when asked to stop, ValueError and OSError
     for what is wrong on disk.
     """
-    return _Run(planned, config_text, log, write_metrics, evaluate, should_stop).run()
+    return _Run(planned, config_text, log, write_metrics, evaluate, should_stop, trace).run()
 
 
 class _Run:
@@ -128,12 +126,13 @@ class _Run:
         write_metrics: Callable[[str, int, Mapping[str, float]], None],
         evaluate: Callable[[str, Any, int], Mapping[str, float]] | None,
         should_stop: Callable[[int], bool],
+        trace: Callable[[int], None],
     ):
         self.started = time.perf_counter()
         self.plan, self.settings, self.mesh = planned, planned.settings, planned.mesh
         self.config_text, self.log = config_text, log
-        self.write_metrics, self.evaluate, self.should_stop = write_metrics, evaluate, should_stop
-        self.model: Decoder = model_of(planned.config)
+        self.write_metrics, self.evaluate = write_metrics, evaluate
+        self.should_stop, self.trace = should_stop, trace
         self.spent = Seconds()
         self.tokens = self.steps = 0
         self.last: dict[str, dict[str, float]] = {name: {} for name in planned.mixtures}
@@ -146,7 +145,14 @@ class _Run:
         if hosts.is_main():
             staging.resume(plan.identity)
         hosts.wait_for_all("staging is there")
-        self.base = self._base()
+        self.base = initial_params(
+            self.settings.initial_checkpoint_path,
+            plan.config,
+            self.mesh,
+            seed=self.settings.seed,
+            params_path=self.settings.params_path,
+            restore=self.settings.restore,
+        )
         for number, names in enumerate(plan.groups):
             folders = {n: staging.folder / n if n else staging.folder for n in names}
             done = {n: manifest.read(folder) for n, folder in folders.items() if n}
@@ -165,23 +171,6 @@ class _Run:
         hosts.wait_for_all("output is there")
         return self._report(was_done=False)
 
-    def _base(self) -> Any:
-        """The parameters that every expert starts from."""
-        s = self.settings
-        if s.initial_checkpoint_path is not None:
-            return read_params(
-                s.initial_checkpoint_path, self.plan.config, self.mesh, params_path=s.params_path
-            )
-        shardings = partitioning.shardings(boxed_params(self.model), self.mesh)
-
-        @functools.partial(jax.jit, out_shardings=shardings)
-        def init() -> Any:
-            tokens = jnp.zeros((1, 1), jnp.int32)
-            return nn.unbox(self.model.init(jax.random.key(s.seed), tokens)["params"])
-
-        with partitioning.use(self.mesh):
-            return init()
-
     # ---- one group of experts --------------------------------------------------------------------------------------
 
     def _train(
@@ -193,13 +182,14 @@ class _Run:
         for folder in folders.values():
             if hosts.is_main():
                 folder.mkdir(parents=True, exist_ok=True)
-        program = self._program(len(names))
+        count = len(names) if len(names) > 1 else None
+        program = trainer(recipe(s, self.plan.config, self.mesh, experts=count))
         with contextlib.ExitStack() as stack:
             kept = self._checkpoints(checkpoints)
             stack.callback(kept.close)
             found = kept.restore(program.abstract_state)
             if found is None:
-                progress, state = Progress(), program.start(self.base)
+                progress, state = self._beginning(program)
             else:
                 progress, state = Progress.from_json(found.step, found.progress), found.state
                 self.log(f"going on from step {found.step:,} of {s.train_steps:,}")
@@ -235,6 +225,7 @@ class _Run:
                 validate=self._validation(program, mixtures, place),
                 should_stop=self.should_stop,
                 experts=None if program.experts is None else [m.name for m in mixtures],
+                trace=self.trace,
             )
             begun = progress.step
             with partitioning.use(self.mesh):
@@ -251,29 +242,23 @@ class _Run:
                 for i, name in enumerate(names):
                     self._write(folders[name], program.params_of(state, i), name, progress)
 
+    def _beginning(self, program: Trainer) -> tuple[Progress, TrainState]:
+        """Where a group of experts begins."""
+        s = self.settings
+        if not s.restore_state:
+            return Progress(), program.start(self.base)
+        found = read_state(s.initial_checkpoint_path, program.abstract_state_of_one)
+        if found.step >= s.train_steps:
+            raise ValueError(
+                f"{s.initial_checkpoint_path} has taken {found.step:,} steps already, and TRAIN_STEPS={s.train_steps:,}"
+                " counts them: choose more"
+            )
+        return Progress(step=found.step), program.start_state(found.state)
+
     def _checkpoints(self, folder: epath.Path) -> Checkpoints:
         s = self.settings
         return Checkpoints(
             folder, keep=s.keep_checkpoints, keep_best=s.choose == "best", log=self.log
-        )
-
-    def _program(self, count: int) -> Trainer:
-        s, config = self.settings, self.plan.config
-        of_model = getattr(config, "z_loss", 0.0)
-        return trainer(
-            Recipe(
-                config=config,
-                mesh=self.mesh,
-                optimizer=s.optimizer,
-                learning_rate=s.learning_rate,
-                z_loss=of_model if s.z_loss is None else s.z_loss,
-                clip_norm=s.clip_norm,
-                microbatches=s.microbatches,
-                vocabulary_chunks=s.vocabulary_chunks,
-                averaging=s.averaging,
-                frozen=tuple(s.frozen),
-                experts=count if count > 1 else None,
-            )
         )
 
     def _account(self, seconds: Seconds, steps: int, loop: Loop) -> None:

@@ -6,7 +6,6 @@ gone on from.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
@@ -19,14 +18,13 @@ import optax
 from etils import epath
 
 from merging import manifest, partitioning
-from merging.checkpoints import open_checkpoint
 from merging.models import model_file
 from merging.models.config import DecoderConfig, PalmConfig
 from merging.models.decoder import abstract_params, boxed_params
 from merging.models.families import model_of
-from merging.models.parameters import as_model
 from merging.partitioning import MeshShape
 from merging.paths import is_like, of_leaves
+from merging.training import initial as starts
 from merging.training.feed import Placement
 from merging.training.settings import Mixture, Settings
 
@@ -101,6 +99,9 @@ def plan(settings: Settings, mixtures: Sequence[Mixture], *, is_one: bool = True
     initial = settings.initial_checkpoint_path
     if initial is not None:
         manifest.check_apart(output_dir, [initial])
+    if settings.restore_state:
+        starts.check_is_train_state(initial)
+        settings = dataclasses.replace(settings, params_path=starts.STATE_PARAMS)
     config, vocabulary = _model(settings, mixtures)
     _check_model(settings, config)
     mesh = settings.mesh or MeshShape(data=jax.device_count())
@@ -114,11 +115,9 @@ def plan(settings: Settings, mixtures: Sequence[Mixture], *, is_one: bool = True
     )
     initial_digest = None
     if initial is not None:
-        with contextlib.closing(
-            open_checkpoint(initial, params_path=settings.params_path)
-        ) as reader:
-            initial_digest = reader.digest()
-            as_model(reader, config)
+        initial_digest = starts.check(
+            initial, config, params_path=settings.params_path, restore=settings.restore
+        )
     named = {"" if is_one and len(mixtures) == 1 else m.name: m for m in mixtures}
     identity = _identity(settings, mixtures, config, initial_digest)
     is_done = manifest.is_done(output_dir, identity)
@@ -171,6 +170,10 @@ def _check(settings: Settings, mixtures: Sequence[Mixture]) -> None:
         problems.append(
             "CHOOSE='best' and PATIENCE are of one expert: train with EXPERTS_AT_ONCE=1"
         )
+    if s.restore and s.initial_checkpoint_path is None:
+        problems.append("RESTORE is of a checkpoint: give INITIAL_CHECKPOINT_PATH")
+    if s.restore and s.restore_state:
+        problems.append("RESTORE is of parameters alone, and RESTORE_STATE takes the whole state")
     if s.experts_at_once > len(mixtures) > 0:
         problems.append(
             f"EXPERTS_AT_ONCE={s.experts_at_once}, and there are {len(mixtures)} mixtures"
@@ -251,6 +254,8 @@ def _identity(
         "mixtures": {m.name: dict(m.identity) for m in mixtures},
         "initial": initial_digest,
         "params_path": s.params_path,
+        "restore": [list(rule) for rule in s.restore],
+        "restore_state": s.restore_state,
         "model": json.loads(json.dumps(dataclasses.asdict(config))),
         "train_steps": s.train_steps,
         "batch_size": s.batch_size,

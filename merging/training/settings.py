@@ -16,6 +16,9 @@ from merging.partitioning import MeshShape
 from merging.training.feed import Source
 from merging.training.optimizer import Averaging, adamw
 
+# (regular expression of a parameter's name, name of the checkpoint's leaf or None), see `training.initial`
+Restore = Sequence[tuple[str, str | None]]
+
 # (learning rate, a number or a function of the step) -> optimizer
 Optimizer = Callable[[Any], optax.GradientTransformation]
 
@@ -53,6 +56,9 @@ class Settings:
       batch_size: rows of a batch, over all devices.
       initial_checkpoint_path: a checkpoint of any format to start from; None: from random parameters.
       params_path: where its parameters are in a train state.
+      restore: which parameters are taken from it and from which leaves, see `training.initial`; (): all, by their own names.
+      restore_state: it is a train state of this stage, whose step and optimizer's moments are gone on from too; `train_steps`
+        counts from the state's beginning, and the data begins anew.
       model: configuration; None: the checkpoint says it.
       optimizer: learning rate -> optax transformation.
       learning_rate: a number, or a function of the step.
@@ -79,6 +85,8 @@ class Settings:
     batch_size: int
     initial_checkpoint_path: epath.PathLike | None = None
     params_path: str | None = None
+    restore: Restore = ()
+    restore_state: bool = False
     model: DecoderConfig | None = None
     optimizer: Optimizer = adamw
     learning_rate: Any = 3e-5

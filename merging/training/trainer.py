@@ -20,7 +20,7 @@ from merging.paths import of_leaves
 from merging.training.batch import Batch, batch_scores
 from merging.training.loss import LossSums, loss_sums
 from merging.training.optimizer import Averaging, averaged_params, freezing
-from merging.training.settings import Optimizer
+from merging.training.settings import Optimizer, Settings
 from merging.training.step import TrainState, init_state, train_step
 
 
@@ -41,12 +41,32 @@ class Recipe:
     experts: int | None
 
 
+def recipe(
+    settings: Settings, config: DecoderConfig, mesh: jax.sharding.Mesh, *, experts: int | None
+) -> Recipe:
+    """What settings say of the functions; `experts`: that are trained at once, None for one without the axis over them."""
+    s, of_model = settings, getattr(config, "z_loss", 0.0)
+    return Recipe(
+        config=config,
+        mesh=mesh,
+        optimizer=s.optimizer,
+        learning_rate=s.learning_rate,
+        z_loss=of_model if s.z_loss is None else s.z_loss,
+        clip_norm=s.clip_norm,
+        microbatches=s.microbatches,
+        vocabulary_chunks=s.vocabulary_chunks,
+        averaging=s.averaging,
+        frozen=tuple(s.frozen),
+        experts=experts,
+    )
+
+
 class Trainer:
     """The compiled functions of a run, for one expert or for several along a leading axis.
 
     Attributes:
       experts: how many; None for one without that axis.
-      abstract_state: ShapeDtypeStructs with shardings.
+      abstract_state: ShapeDtypeStructs with shardings; abstract_state_of_one: without the axis over experts.
       leaf_names: of the parameters, in their order.
       step: (state, batch, seed) -> (state, metrics by name); the state is donated.
       score: (state, batch) -> loss.LossSums.
@@ -63,16 +83,13 @@ class Trainer:
         shapes, one = nn.unbox(boxed), partitioning.shardings(boxed, mesh)
         self.leaf_names = of_leaves(shapes.params)
         shardings = one
+        self.abstract_state_of_one = _placed(shapes, one)
         if experts is not None:
             shapes = jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct((experts, *x.shape), x.dtype), shapes
             )
             shardings = partitioning.of_experts(one, mesh)
-        self.abstract_state = jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            shapes,
-            shardings,
-        )
+        self.abstract_state = _placed(shapes, shardings)
 
         def step(
             state: TrainState, batch: Batch, seed: jax.Array
@@ -105,7 +122,9 @@ class Trainer:
             return loss_sums(scores, batch.weights, z_loss=0.0)
 
         def start(params: Any) -> TrainState:
-            state = init_state(jax.tree.map(jnp.copy, params), optimizer)
+            return of_each(init_state(jax.tree.map(jnp.copy, params), optimizer))
+
+        def of_each(state: TrainState) -> TrainState:
             if experts is None:
                 return state
             return jax.tree.map(lambda x: jnp.broadcast_to(x, (experts, *x.shape)), state)
@@ -121,6 +140,7 @@ class Trainer:
         self.step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole))
         self.score = jax.jit(score, out_shardings=whole)
         self._start = jax.jit(start, out_shardings=shardings)
+        self._of_each = jax.jit(of_each, out_shardings=shardings)
         self._params_of = jax.jit(params_of, out_shardings=one.params)
 
     def start(self, base: Any) -> TrainState:
@@ -128,9 +148,21 @@ class Trainer:
         with partitioning.use(self._mesh):
             return self._start(base)
 
+    def start_state(self, state: TrainState) -> TrainState:
+        """A state of one expert as that of each."""
+        return self._of_each(state)
+
     def params_of(self, state: TrainState, number: int) -> Any:
         """The parameters of one expert, averaged where weights are."""
         return self._params_of(state, np.int32(number))
+
+
+def _placed(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )
 
 
 def _optimizer(recipe: Recipe) -> optax.GradientTransformation:
