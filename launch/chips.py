@@ -68,9 +68,6 @@ CHIPS = {
     ),
 }
 
-# Bytes that leave a chip for each byte of a collective's result there, in large groups: a ring sends an all-reduce twice.
-SENT = {"all-reduce": 2.0}
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Roofline:
@@ -104,7 +101,7 @@ def chip_of(topology: str) -> Chip:
 
 def roofline(found: Figures, chip: Chip) -> Roofline:
     """Of one program on one chip. Collectives over the data centre's network count as if they went over links."""
-    sent = sum(each.nbytes * SENT.get(kind, 1.0) for kind, each in found.collectives.items())
+    sent = sum(each.sent_bytes for each in found.collectives.values())
     return Roofline(
         products_s=found.flops / chip.flops_per_s,
         memory_s=found.bytes_touched / chip.memory_bytes_per_s,

@@ -151,7 +151,7 @@ def described_mesh(topology: str) -> Mesh:
 
     chips = described_devices(topology)
     dims = tuple(int(size) for size in topology.partition(":")[2].split("x"))
-    return Mesh(np.asarray(mesh_utils.create_device_mesh(dims, chips)), "xyz"[: len(dims)])
+    return Mesh(np.asarray(mesh_utils.create_device_mesh(dims, chips)), tuple("xyz"[: len(dims)]))
 
 
 def cut(shape: tuple[int, ...], mesh: Mesh, axes: tuple[int, ...] | None) -> NamedSharding:

@@ -188,23 +188,16 @@ def _merges(
 
 def _summed(each: Sequence[tuple[int, Figures]]) -> Figures:
     """Programs that run one after another, with the arguments and results of all in memory."""
-    from merging.engine.compiled import Collective
+    from merging.engine.collectives import added
 
     def total(name: str) -> int:
         return sum(count * getattr(found, name) for count, found in each)
 
-    collectives: dict[str, Collective] = {}
-    for count, found in each:
-        for kind, one in found.collectives.items():
-            before = collectives.get(
-                kind, Collective(count=0, nbytes=0, largest_bytes=0, dtypes=())
-            )
-            collectives[kind] = Collective(
-                count=before.count + count * one.count,
-                nbytes=before.nbytes + count * one.nbytes,
-                largest_bytes=max(before.largest_bytes, one.largest_bytes),
-                dtypes=tuple(sorted({*before.dtypes, *one.dtypes})),
-            )
+    kinds = sorted({kind for _, found in each for kind in found.collectives})
+    collectives = {
+        kind: added([(n, f.collectives[kind]) for n, f in each if kind in f.collectives])
+        for kind in kinds
+    }
     temporaries = max(found.temporary_bytes for _, found in each)
     summed = ("argument_bytes", "output_bytes", "bytes_accessed", "bytes_touched", "flops")
     counts = {name: total(name) for name in (*summed, "operations")}

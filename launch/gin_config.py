@@ -110,6 +110,21 @@ def register_values(*makers: Callable[..., Any]) -> None:
             gin.external_configurable(maker, module=maker.__module__)
 
 
+@functools.cache
+def register_optax() -> None:
+    """Makes optax's optimizers and schedules bindable as `optax.name`, but for those that the library has itself."""
+    import optax
+
+    with gin.unlock_config():
+        for name, maker in vars(optax).items():
+            has_ours = name in ("adamw", "adafactor")
+            if inspect.isfunction(maker) and maker.__module__ in _OPTAX_MAKERS and not has_ours:
+                gin.external_configurable(maker, name=name, module="optax")
+
+
+_OPTAX_MAKERS = ("optax._src.alias", "optax.schedules._schedule", "optax.schedules._join")
+
+
 def parse(
     files: Sequence[str],
     bindings: Sequence[str],

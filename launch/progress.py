@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 # Between two lines of a log. Shorter fills the log of an hour's run, longer leaves a short run without a sign.
@@ -87,3 +87,115 @@ class Progress:
         share = f" ({self._done / self._total:.0%})" if self._total else ""
         done = f"{size_text(self._done)} of {size_text(self._total)}{share}"
         print(f"{self._phase}: {done} in {seconds:.1f} s{rate}", file=self._stream, flush=True)
+
+
+class Training:
+    """Lines of a run that trains: step, loss, speed and the time left. Called with (name, step, metrics by name)."""
+
+    def __init__(
+        self,
+        *,
+        steps: int,
+        stream: TextIO | None = None,
+        is_shown: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        """`steps`: of each expert. The other arguments are those of `Progress`."""
+        self._steps, self._stream, self._is_shown = steps, stream or sys.stderr, is_shown
+        self._clock = clock
+        self._told: float | None = None
+        self._first: tuple[float, int] | None = (
+            None  # when, and at which step, this name was first heard of
+        )
+        self._name: str | None = None
+
+    def __call__(self, name: str, step: int, values: Mapping[str, float]) -> None:
+        if not self._is_shown:
+            return
+        now = self._clock()
+        if self._first is None or step < self._first[1]:
+            self._first = (now, step)
+        is_due = self._told is None or now - self._told >= LINE_PERIOD_S or step == self._steps
+        if not is_due and "validation/loss" not in values:
+            return
+        self._told = now
+        shown = [
+            f"{label} {values[key]:{form}}"
+            for key, label, form in (
+                ("loss", "loss", ".4f"),
+                ("accuracy", "accuracy", ".3f"),
+                ("validation/loss", "validation loss", ".4f"),
+                ("validation/accuracy", "accuracy", ".3f"),
+                ("tokens_per_s", "tokens/s", ",.0f"),
+                ("mfu", "MFU", ".1%"),
+            )
+            if key in values
+        ]
+        since, first = self._first
+        if step > first and step < self._steps:
+            left = (now - since) / (step - first) * (self._steps - step)
+            shown.append(f"{duration(left)} left")
+        self.log(f"{name} {step:,}/{self._steps:,}: {', '.join(shown)}")
+
+    def log(self, text: str) -> None:
+        """A line of words."""
+        if self._is_shown:
+            print(text, file=self._stream, flush=True)
+
+    def __enter__(self) -> Training:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        pass
+
+
+class Evaluating:
+    """Lines of a run that evaluates: examples, speed and the time left. Called with (model, examples done, of how many)."""
+
+    def __init__(
+        self,
+        *,
+        models: int,
+        stream: TextIO | None = None,
+        is_shown: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        """`models`: that are evaluated in all. The other arguments are those of `Progress`."""
+        self._models, self._stream, self._is_shown = models, stream or sys.stderr, is_shown
+        self._clock = clock
+        self._seen: dict[
+            str, int
+        ] = {}  # model -> examples that were done when it was first heard of
+        self._started = self._told = clock()
+        self._before = 0  # examples that this run did for earlier models
+
+    def __call__(self, model: str, done: int, total: int) -> None:
+        if not self._is_shown:
+            return
+        if model not in self._seen:
+            self._before += sum(total - first for first in list(self._seen.values())[-1:])
+            self._seen[model] = done
+        now = self._clock()
+        if now - self._told < LINE_PERIOD_S and done < total:
+            return
+        self._told = now
+        told = f"{model} ({len(self._seen)}/{self._models}): {done:,}/{total:,} examples"
+        rate = (self._before + done - self._seen[model]) / max(now - self._started, 1e-9)
+        if rate > 0:
+            left = (total - done + (self._models - len(self._seen)) * total) / rate
+            told += f", {rate:,.0f} examples/s" + (f", {duration(left)} left" if left else "")
+        self.log(told)
+
+    def log(self, text: str) -> None:
+        """A line of words."""
+        if self._is_shown:
+            print(text, file=self._stream, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """`12 s`, `3 min 20 s`, `2 h 5 min`."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    minutes, seconds = divmod(seconds, 60)
+    return f"{minutes} min {seconds} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

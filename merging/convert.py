@@ -29,6 +29,8 @@ from merging.engine.plan import OUTPUT_DTYPES, check_format, size_text, stored_a
 from merging.engine.resources import PeakResident
 from merging.engine.stream import to_float32
 from merging.engine.workers import work_on
+from merging.models import model_file
+from merging.models.model_file import ModelFile
 
 # Nothing is computed, so pieces are larger than a merge's: fewer calls, and longer runs where leaves are transposed.
 PIECE_ELEMENTS = 1 << 22
@@ -70,6 +72,7 @@ class Plan:
       settings: as they were given.
       reader: open, gives leaves in the output's layout.
       folder: of the input, whose config and tokenizer go along; None where it has none.
+      model: what the input's model.json says, which goes along; None where it has none.
       format: of the output.
       layout: name of the layout that is applied, or None.
       specs: leaves of the output, in storage order.
@@ -81,6 +84,7 @@ class Plan:
     settings: Settings
     reader: Reader
     folder: epath.Path | None
+    model: ModelFile | None
     output: epath.Path
     format: str
     layout: str | None
@@ -89,6 +93,13 @@ class Plan:
     workers: int
     is_done: bool
     identity: Mapping[str, Any]
+
+    @property
+    def stacked(self) -> Mapping[str, int]:
+        """The output's stacked leaves: {pattern of paths: axis over layers}."""
+        if self.layout is None and self.model is not None:
+            return self.model.stacked
+        return {n: s.stacked for n, s in self.specs.items() if s.stacked is not None}
 
     @property
     def nbytes(self) -> int:
@@ -182,6 +193,7 @@ def plan(settings: Settings) -> Plan:
         reader: Reader = opened.enter_context(contextlib.closing(opening))
         path = epath.Path(settings.input)
         folder = path if path.is_dir() else None
+        described = None if folder is None else model_file.read_if_there(folder)
         output_format = settings.format or reader.format
         budget = settings.memory_budget_bytes
         layout = settings.layout
@@ -208,6 +220,7 @@ def plan(settings: Settings) -> Plan:
             settings=settings,
             reader=reader,
             folder=folder,
+            model=described,
             output=output,
             format=output_format,
             layout=None if layout is None else layout.name,
@@ -240,6 +253,13 @@ def run(planned: Plan, *, config_text: str = "", progress: Progress | None = Non
             staging.create(planned.identity)
             try:
                 written = _write(planned, staging.folder, peak, progress or (lambda *_: None))
+                if planned.model is not None:
+                    model_file.write_along(
+                        staging.folder,
+                        planned.model,
+                        dtype=planned.settings.output_dtype,
+                        stacked=planned.stacked,
+                    )
                 seconds = round(time.perf_counter() - started, 3)
                 staging.commit(
                     {
@@ -337,5 +357,5 @@ def _provenance(planned: Plan) -> dict[str, Any]:
         "inputs": {"input": {"path": path, "digest": digest}},
         "format": planned.format,
         "layout": planned.layout,
-        "stacked": {n: s.stacked for n, s in planned.specs.items() if s.stacked is not None},
+        "stacked": dict(planned.stacked),
     }

@@ -69,6 +69,27 @@ class Staging:
                 " whose parent is a folder that you may write to"
             ) from error
 
+    def resume(self, what: Mapping[str, Any]) -> bool:
+        """As `create`, but what an earlier run left unfinished on the way to the same output stays; whether there was any.
+
+        Raises OutputError if it was on the way to another one.
+        """
+        marker = self.folder / MARKER
+        if not marker.exists():
+            self.create(what)
+            return False
+        try:
+            then = json.loads(marker.read_text())
+        except ValueError as error:
+            raise OutputError(f"{marker} can't be read: {error}; remove {self.folder}") from error
+        if digest(then) != digest(what):
+            different = sorted(k for k in {*then, *what} if then.get(k) != what.get(k))
+            raise OutputError(
+                f"{self.folder} holds a run that was not finished and differs in {', '.join(different)}: go on with its"
+                " settings, choose another OUTPUT_DIR, or remove it to begin anew"
+            )
+        return True
+
     def commit(self, manifest: Mapping[str, Any]) -> None:
         """Writes the manifest, then gives the folder its name."""
         write(self.folder, manifest)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,16 +21,18 @@ from merging import manifest
 from merging.checkpoints import open_writer
 from merging.checkpoints.format import LeafSpec
 from merging.engine import hosts
-from merging.engine.groups import group_by_scale, without_scale
+from merging.engine.groups import group_by_scale
 from merging.engine.output import Output, is_finite
-from merging.engine.pieces import Piece, Tensor, copied_tensor, tensors_of
+from merging.engine.pieces import Piece, Tensor, copied_tensor
 from merging.engine.plan import Plan, Settings, plan, size_text
 from merging.engine.resources import PeakResident
+from merging.engine.selection import Recipe, Recipes
 from merging.engine.statistics import Statistics, gather
 from merging.engine.step import Facts, in_worker, merge_step
 from merging.engine.stream import LoadedPiece, Stream
 from merging.engine.survey import MethodSurvey, survey
-from merging.methods.method import Method, TaskVectorMethod
+from merging.methods.method import TaskVectorMethod
+from merging.models import model_file
 
 merge_in_worker = in_worker(merge_step, "geometry", "out_dtype")
 
@@ -131,8 +134,8 @@ class _Run:
         self.plan = planned
         self.log = log
         self.progress = progress
-        self.merged = [s for s in planned.base_specs.values() if s.is_merged]
-        self.tensors = {s.name: tensors_of(s, planned.stacked) for s in self.merged}
+        self.tensors = [t for each in planned.tensors.values() for t in each if not t.is_kept]
+        self.recipes = Recipes(planned.merges, self.tensors, planned.selection)
         self.stream = Stream(
             planned.base,
             planned.experts,
@@ -200,22 +203,19 @@ class _Run:
 
     # ---- first pass ------------------------------------------------------------------------------------------------
 
-    def _survey(self, mine: Sequence[LeafSpec]) -> dict[Method, MethodSurvey]:
-        """What the methods ask, each distinct question once: merges that differ in scale share it."""
-        questions = {without_scale(m): None for m in self.plan.merges.values() if m.asks_survey}
-        if not questions:
-            return {}
-        tensors = [tensor for spec in self.merged for tensor in self.tensors[spec.name]]
-        tensors_mine = [t for spec in mine if spec.is_merged for t in self.tensors[spec.name]]
+    def _survey(self, mine: Sequence[LeafSpec]) -> list[MethodSurvey]:
+        """The answers to the recipes' questions."""
+        if not self.recipes.questions:
+            return []
         found, self.reads = survey(
-            list(questions),
+            self.recipes.questions,
             self._counted("survey"),
-            tensors,
-            tensors_mine,
+            self.tensors,
+            [t for spec in mine for t in self.plan.tensors[spec.name] if not t.is_kept],
             combine=hosts.combine,
             log=self.log,
         )
-        return dict(zip(questions, found, strict=True))
+        return found
 
     def _counted(self, phase: str) -> Stream:
         """The stream, reporting what it reads to `progress` under this name."""
@@ -234,7 +234,7 @@ class _Run:
     def _merge(
         self,
         mine: Sequence[LeafSpec],
-        surveys: Mapping[Method, MethodSurvey],
+        surveys: Sequence[MethodSurvey],
         outputs: Mapping[str, Output],
     ) -> dict[str, Statistics]:
         """Reads everything once more and writes every output; returns the statistics of this host's leaves."""
@@ -243,12 +243,15 @@ class _Run:
         self.log(
             "reading all inputs and writing " + (", ".join(n for n in outputs if n) or "the merge")
         )
-        kernel = _Kernel(self.plan, surveys)
+        kernel = _Kernel(self.plan, self.recipes, surveys)
         seconds: list[float] = []
 
         def work(piece: Piece) -> tuple[str, Statistics | None]:
-            if not piece.tensor.leaf.is_merged:
-                merged, found = [stream.read_copied(piece)] * len(outputs), None
+            leaf = piece.tensor.leaf
+            if piece.tensor.is_kept or not leaf.is_merged:
+                copied = stream.read_kept(piece) if leaf.is_merged else stream.read_copied(piece)
+                copied = copied.astype(self.plan.specs[leaf.name].dtype, copy=False)
+                merged, found = [copied] * len(outputs), None
             else:
                 loaded = stream.load(piece)
                 merged = kernel.merge(loaded)
@@ -274,7 +277,7 @@ class _Run:
         tensors = (
             tensor
             for leaf in mine
-            for tensor in (self.tensors[leaf.name] if leaf.is_merged else [copied_tensor(leaf)])
+            for tensor in (self.plan.tensors[leaf.name] or [copied_tensor(leaf)])
         )
         stream.run(stream.pieces(tensors), work, take)
         self.write_seconds += sum(seconds)
@@ -321,6 +324,13 @@ class _Run:
                 folder = staging.folder / name if name else staging.folder
                 if plan.settings.statistics > 0:
                     self._write_statistics(folder / STATISTICS_FILE, known, number)
+                if plan.model is not None:
+                    model_file.write_along(
+                        folder,
+                        plan.model,
+                        dtype=plan.settings.output_dtype,
+                        stacked=plan.stacked.patterns,
+                    )
                 record = {**shared, "method": repr(method)}
                 record["checksums"] = {k: v for host in checksums for k, v in host[name].items()}
                 if name:
@@ -378,23 +388,20 @@ class _Run:
 class _Kernel:
     """What a worker does to a piece in memory, with what the surveys found."""
 
-    def __init__(self, plan: Plan, surveys: Mapping[Method, MethodSurvey]):
+    def __init__(self, plan: Plan, recipes: Recipes, surveys: Sequence[MethodSurvey]):
         self._plan = plan
-        self._groups, names = group_by_scale(plan.merges)
-        self._asking = [surveys.get(without_scale(group.method)) for group in self._groups]
-        self._place = [names[name] for name in plan.merges]  # of each output among the step's
-        self._methods = [
-            m if isinstance(m, TaskVectorMethod) else None for m in plan.merges.values()
-        ]
-        self._asking_each = [surveys.get(without_scale(m)) for m in plan.merges.values()]
+        self._recipes = recipes
+        self._surveys = surveys
+        self._groups = functools.cache(lambda r: group_by_scale(r.methods, r.asked))
 
     def merge(self, loaded: LoadedPiece) -> list[np.ndarray]:
         """The piece by every merge, 1-D, in the output's dtype."""
         dtype = self._plan.specs[loaded.tensor.leaf.name].dtype
         base, experts = loaded.on_devices()
+        groups, places, asked = self._groups(self._recipes.of[loaded.tensor.path])
         outputs = merge_in_worker(
-            self._groups,
-            _facts(self._asking, loaded.tensor),
+            groups,
+            self._facts(asked, loaded.tensor),
             base,
             experts,
             loaded.keys,
@@ -402,7 +409,7 @@ class _Kernel:
             geometry=loaded.geometry,
             out_dtype=np.dtype(np.float32) if dtype == np.float64 else dtype,
         )
-        arrays = [np.asarray(outputs[i])[: loaded.size] for i in self._place]
+        arrays = [np.asarray(outputs[place])[: loaded.size] for place in places]
         return [array.astype(dtype) for array in arrays] if dtype == np.float64 else arrays
 
     def statistics(self, loaded: LoadedPiece) -> Statistics | None:
@@ -410,8 +417,11 @@ class _Kernel:
         share = self._plan.settings.statistics
         if share == 0:
             return None
-        return gather(loaded, self._methods, _facts(self._asking_each, loaded.tensor), share)
+        recipe: Recipe = self._recipes.of[loaded.tensor.path]
+        methods = [m if isinstance(m, TaskVectorMethod) else None for m in recipe.methods]
+        return gather(loaded, methods, self._facts(recipe.asked, loaded.tensor), share)
 
-
-def _facts(surveys: Sequence[MethodSurvey | None], tensor: Tensor) -> tuple[Facts, ...]:
-    return tuple(Facts() if s is None else s.facts(tensor) for s in surveys)
+    def _facts(self, asked: Sequence[int | None], tensor: Tensor) -> tuple[Facts, ...]:
+        return tuple(
+            Facts() if number is None else self._surveys[number].facts(tensor) for number in asked
+        )

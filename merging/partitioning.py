@@ -6,6 +6,9 @@ A mesh has three axes, outermost first:
   fsdp    rows of the batch too, and every parameter is cut over it and gathered layer by layer (arXiv 1910.02054, stage 3)
   model   heads, hidden units and vocabulary, whose partial results are added up
 
+Where several experts are trained by one step, a fourth axis, `expert`, lies outside of these and has some of them on each of its
+parts, which have nothing to tell one another.
+
 Models name the axes of their parameters and activations (`flax.linen.with_logical_partitioning`); `RULES` says over which
 mesh axes each name is cut. An axis that its rule does not cut evenly is an error that names parameter, axis and mesh:
 nothing is padded, and nothing falls back to being whole.
@@ -30,10 +33,12 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from merging.paths import of_tree_path
 
 MESH_AXES = ("data", "fsdp", "model")
+EXPERT_AXIS = "expert"
 
 # In order of precedence: a mesh axis cuts each array once. So `embed` cuts parameters over fsdp, and not activations,
 # whose batch has taken it.
 RULES: tuple[tuple[str, tuple[str, ...] | str | None], ...] = (
+    ("experts", EXPERT_AXIS),
     ("batch", ("data", "fsdp")),
     ("vocab", "model"),
     ("mlp", "model"),
@@ -53,6 +58,7 @@ class MeshShape:
 
     Attributes:
       data, fsdp, model: devices along each axis, within one slice.
+      experts: parts of the mesh that have experts of their own, where several are trained by one step; else 1.
       slices: slices that are joined by the data centre's network; the data axis has slices * data devices.
       topology: of one slice, as TPU compilers name it, `v5p:4x4x4`; None for whatever devices there are.
       hosts: machines of one slice; None where it is not known.
@@ -61,19 +67,24 @@ class MeshShape:
     data: int = 1
     fsdp: int = 1
     model: int = 1
+    experts: int = 1
     slices: int = 1
     topology: str | None = None
     hosts: int | None = None
 
     def __post_init__(self) -> None:
-        for name in (*MESH_AXES, "slices"):
+        for name in (*MESH_AXES, "experts", "slices"):
             if getattr(self, name) < 1:
                 raise ValueError(
                     f"MeshShape.{name} is {getattr(self, name)}: it must be at least 1"
                 )
-        if self.topology is not None and self.chips != self.data * self.fsdp * self.model:
+        if self.experts > 1 and self.slices > 1:
             raise ValueError(
-                f"a mesh of data={self.data} x fsdp={self.fsdp} x model={self.model} does not use the {self.chips} chips"
+                "MeshShape.experts is for one slice: train other experts on other slices"
+            )
+        if self.topology is not None and self.chips != math.prod(self._within):
+            raise ValueError(
+                f"a mesh of {self._told} does not use the {self.chips} chips"
                 f" of {self.topology}: their product must be that"
             )
 
@@ -81,22 +92,38 @@ class MeshShape:
     def chips(self) -> int:
         """Devices of one slice."""
         if self.topology is None:
-            return self.data * self.fsdp * self.model
+            return math.prod(self._within)
         return math.prod(int(size) for size in self.topology.partition(":")[2].split("x"))
 
     @property
     def size(self) -> int:
         """Devices in all."""
-        return self.slices * self.data * self.fsdp * self.model
+        return self.slices * math.prod(self._within)
 
     @property
-    def axis_sizes(self) -> tuple[int, int, int]:
-        """Devices along data, fsdp and model, over all slices."""
-        return (self.slices * self.data, self.fsdp, self.model)
+    def axes(self) -> tuple[str, ...]:
+        """The names of the mesh's axes, outermost first."""
+        return MESH_AXES if self.experts == 1 else (EXPERT_AXIS, *MESH_AXES)
+
+    @property
+    def axis_sizes(self) -> tuple[int, ...]:
+        """Devices along each of `axes`, over all slices."""
+        within = (self.slices * self.data, self.fsdp, self.model)
+        return within if self.experts == 1 else (self.experts, *within)
+
+    @property
+    def _within(self) -> tuple[int, int, int, int]:
+        """Devices along experts, data, fsdp and model within one slice."""
+        return (self.experts, self.data, self.fsdp, self.model)
+
+    @property
+    def _told(self) -> str:
+        sizes = f"data={self.data} x fsdp={self.fsdp} x model={self.model}"
+        return sizes if self.experts == 1 else f"experts={self.experts} x {sizes}"
 
     def abstract(self) -> AbstractMesh:
         """The mesh without devices, which is enough for shardings."""
-        return AbstractMesh(self.axis_sizes, MESH_AXES)
+        return AbstractMesh(self.axis_sizes, self.axes)
 
     def mesh(self, devices: Sequence[Any] | None = None) -> Mesh:
         """The mesh of some devices, default all that there are; neighbours in a TPU's torus are neighbours in the mesh."""
@@ -107,15 +134,15 @@ class MeshShape:
                 " choose data, fsdp, model and slices so that their product is that"
             )
         if devices[0].platform != "tpu":
-            return Mesh(np.array(devices).reshape(self.axis_sizes), MESH_AXES)
-        within = (self.data, self.fsdp, self.model)
+            return Mesh(np.array(devices).reshape(self.axis_sizes), self.axes)
+        within = self.axis_sizes if self.slices == 1 else (self.data, self.fsdp, self.model)
         if self.slices == 1:
             laid = mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
         else:
             laid = mesh_utils.create_hybrid_device_mesh(
                 within, (self.slices, 1, 1), devices, allow_split_physical_axes=True
             )
-        return Mesh(laid, MESH_AXES)
+        return Mesh(laid, self.axes)
 
 
 @contextlib.contextmanager
@@ -141,10 +168,10 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
 
     Raises ValueError that names every parameter and axis that its rule does not cut evenly.
     """
-    boxed, structure = jax.tree.flatten_with_path(tree, is_leaf=_is_box)
+    boxed, structure = jax.tree.flatten_with_path(tree, is_leaf=is_box)
     found, uneven = [], []
     for path, leaf in boxed:
-        names, shape = (leaf.names, leaf.value.shape) if _is_box(leaf) else ((), leaf.shape)
+        names, shape = (leaf.names, leaf.value.shape) if is_box(leaf) else ((), leaf.shape)
         spec = _spec(names, mesh)
         uneven += _uneven(of_tree_path(path), names, shape, spec, mesh)
         found.append(NamedSharding(mesh, spec))
@@ -156,6 +183,30 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
 def batch_shardings(batch: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Shardings of a tree of [B, ...] arrays: rows are cut over data and fsdp."""
     return shardings(jax.tree.map(lambda x: _boxed(x, ("batch",)), batch), mesh)
+
+
+def rows_sharding(
+    shape: tuple[int, ...], mesh: Mesh | AbstractMesh, *, has_experts: bool
+) -> NamedSharding:
+    """The sharding of a [B, ...] array of rows, or of an [E, B, ...] array of each expert's rows.
+
+    Raises ValueError where the mesh does not cut the rows, or the experts, evenly.
+    """
+    names = ("experts", "batch") if has_experts else ("batch",)
+    spec = _spec(names, mesh)
+    uneven = _uneven("a batch", names, shape, spec, mesh)
+    if uneven:
+        raise ValueError(
+            "\n  ".join([f"a mesh of {describe(mesh)} does not cut evenly:", *uneven])
+            + "\nchoose another BATCH_SIZE, or fewer parts along those axes of the mesh"
+        )
+    return NamedSharding(mesh, spec)
+
+
+def of_experts(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """Shardings of arrays with a leading axis over experts, from those of one expert's."""
+    (first,) = _spec(("experts",), mesh)
+    return jax.tree.map(lambda one: NamedSharding(mesh, PartitionSpec(first, *one.spec)), tree)
 
 
 def cache_shardings(cache: Any, mesh: Mesh | AbstractMesh) -> Any:
@@ -219,7 +270,8 @@ def _boxed(leaf: Any, names: tuple[str | None, ...]) -> nn.LogicallyPartitioned:
     return nn.LogicallyPartitioned(leaf, names=names)
 
 
-def _is_box(leaf: Any) -> bool:
+def is_box(leaf: Any) -> bool:
+    """Whether an array of a tree comes in a box with the names of its axes."""
     return isinstance(leaf, nn.LogicallyPartitioned)
 
 

@@ -6,8 +6,9 @@ by these paths, so a scanned checkpoint and its unscanned copy draw the same mas
 
 from __future__ import annotations
 
+import fnmatch
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -27,6 +28,12 @@ def canonical(name: str) -> str:
 def of_tree_path(path: tuple[Any, ...]) -> str:
     """A JAX key path -> `decoder/layers_7/mlp/kernel`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def is_like(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a leaf's name, as it stands or as a canonical path, is like one of some shell patterns: `*mlp*`."""
+    names = (name, canonical(name))
+    return any(fnmatch.fnmatchcase(each, pattern) for pattern in patterns for each in names)
 
 
 class Stacked:

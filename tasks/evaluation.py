@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -26,18 +27,21 @@ class EvaluationExample:
       id: of its row, unique within the split of a task.
       inputs: [i] int32, without the start token; may be empty.
       choices: [c_k] int32 each, with the end of sequence; none where the answer is generated.
+      targets: [t] int32, the answer that training teaches, with the end of sequence.
       label: the index of the right choice; None where generated.
       references: all right answers.
-      inputs_text, choices_text: the same in words.
+      inputs_text, choices_text, targets_text: the same in words.
     """
 
     id: str
     inputs: np.ndarray
     choices: tuple[np.ndarray, ...]
+    targets: np.ndarray
     label: int | None
     references: tuple[str, ...]
     inputs_text: str
     choices_text: tuple[str, ...]
+    targets_text: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,6 +98,7 @@ def evaluation_set(
     limit: int | None = None,
     seed: int = 0,
     truncation: str = "end",
+    few_shot: int = 0,
 ) -> EvaluationSet:
     """The examples of a registered task of ours.
 
@@ -104,6 +109,8 @@ def evaluation_set(
       limit: take so many, a sample that the seed decides; None: all, in order.
       seed: of the sample.
       truncation: see `packing.truncate`.
+      few_shot: examples of the training split, with their answers, before each; drawn by the seed and the example's id. With them the
+        inputs are cut at their start, which loses the first of these first.
 
     Raises:
       ValueError: for an unknown task, a split that it lacks, or no example.
@@ -116,6 +123,7 @@ def evaluation_set(
     dataset = provider.get_dataset(
         sequence_length=None, split=split, shuffle=limit is not None, seed=seed
     )
+    shots = _Shots(provider, few_shot, seed) if few_shot else None
     metric = METRICS[info.dataset.metric]
     target = provider.output_features["targets"]
     cut = collections.Counter()
@@ -126,20 +134,28 @@ def evaluation_set(
         choices = [
             np.array([*target.vocabulary.encode(each), *ends], np.int32) for each in choices_text
         ]
+        id_ = features["id"].decode("utf-8")
+        inputs = features["inputs"]
+        inputs_text = features["inputs_pretokenized"].decode("utf-8")
+        if shots is not None:
+            inputs_text, inputs = shots.before(id_, inputs_text)
         parts = [
-            truncate(features["inputs"], tokens, lengths=lengths, rule=truncation)
+            truncate(inputs, tokens, lengths=lengths, rule="start" if few_shot else truncation)
             for tokens in choices or [features["targets"]]
         ]
         cut.update({part for each in parts for part in each.cut})
+        label = int(features["label"]) if choices else None
         examples.append(
             EvaluationExample(
-                id=features["id"].decode("utf-8"),
+                id=id_,
                 inputs=parts[0].inputs,
                 choices=tuple(part.targets for part in parts) if choices else (),
-                label=int(features["label"]) if choices else None,
+                targets=parts[label or 0].targets,
+                label=label,
                 references=_texts(features["references"]),
-                inputs_text=features["inputs_pretokenized"].decode("utf-8"),
+                inputs_text=inputs_text,
                 choices_text=choices_text,
+                targets_text=features["targets_pretokenized"].decode("utf-8"),
             )
         )
     if not examples:
@@ -155,6 +171,40 @@ def evaluation_set(
         cut_inputs=cut["inputs"],
         cut_targets=cut["targets"],
     )
+
+
+# Training examples that few-shot ones are drawn from: the first that the seed's order has.
+SHOT_POOL = 256
+
+
+class _Shots:
+    """Training examples with their answers, to go before an evaluation example."""
+
+    def __init__(self, provider: seqio.Task, count: int, seed: int) -> None:
+        if "train" not in provider.splits:
+            raise ValueError(f"{provider.name} has no training split to draw {count} examples from")
+        dataset = provider.get_dataset(None, split="train", shuffle=True, seed=seed)
+        self.texts = [
+            " ".join(
+                each[name].decode("utf-8")
+                for name in ("inputs_pretokenized", "targets_pretokenized")
+            )
+            for each in dataset.take(SHOT_POOL).as_numpy_iterator()
+        ]
+        if len(self.texts) < count:
+            raise ValueError(
+                f"{provider.name} has {len(self.texts)} training examples, {count} wanted"
+            )
+        self.count, self.seed = count, seed
+        self.vocabulary = provider.output_features["inputs"].vocabulary
+
+    def before(self, id_: str, inputs_text: str) -> tuple[str, np.ndarray]:
+        """The text of some of them and then the inputs, and its tokens."""
+        digest = hashlib.sha256(f"{self.seed} {id_}".encode()).digest()
+        rng = np.random.default_rng(int.from_bytes(digest[:8], "little"))
+        drawn = rng.choice(len(self.texts), self.count, replace=False)
+        text = "\n\n".join([*(self.texts[i] for i in drawn), inputs_text])
+        return text, np.array(self.vocabulary.encode(text), np.int32)
 
 
 def _texts(strings: Sequence[bytes]) -> tuple[str, ...]:

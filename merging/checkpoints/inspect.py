@@ -9,7 +9,6 @@ beyond saying so.
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -17,7 +16,7 @@ import numpy as np
 
 from merging.checkpoints.boxes import row_boxes
 from merging.checkpoints.format import LeafSpec, Reader
-from merging.paths import canonical
+from merging.paths import is_like
 
 # Elements read and converted at a time: some 10 float64 arrays of 8 MiB are alive at once. Smaller blocks pay Python's
 # overhead more often, larger ones fall out of the cache.
@@ -86,11 +85,7 @@ def matching(specs: Mapping[str, LeafSpec], pattern: str, *, where: str) -> dict
 
     Raises ValueError if there are leaves and none is.
     """
-    found = {
-        name: spec
-        for name, spec in specs.items()
-        if any(fnmatch.fnmatchcase(each, pattern) for each in (name, canonical(name)))
-    }
+    found = {name: spec for name, spec in specs.items() if is_like(name, [pattern])}
     if specs and not found:
         raise ValueError(f"{where}: no leaf is like {pattern!r}; one is {next(iter(specs))}")
     return found

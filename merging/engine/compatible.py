@@ -4,19 +4,63 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from merging.checkpoints.format import CheckpointError, LeafSpec, Reader
-from merging.paths import Stacked
+from merging.paths import Stacked, is_like
 
 MOST_TOLD = 40  # differences in one message
 
 _VOCABULARY = re.compile(r"embed|lm_head|wte|vocab|logits", re.IGNORECASE)
 
 
-def check_compatible(base: Reader, experts: Sequence[Reader]) -> None:
-    """Raises CheckpointError with every difference in leaves, shapes and kinds of dtype."""
-    compare(base.location, base.specs(), {reader.location: reader.specs() for reader in experts})
+def check_compatible(
+    base: Reader,
+    experts: Sequence[Reader],
+    *,
+    kept: Collection[str] = (),
+    rows: Mapping[str, int] | None = None,
+    exclude: Sequence[str] = (),
+) -> None:
+    """Raises CheckpointError with every difference in leaves, shapes and kinds of dtype.
+
+    Args:
+      kept: leaves that stay as the base has them, whatever the experts hold.
+      rows: leaves of which only so many rows are merged, which all experts have.
+      exclude: patterns of leaves that an expert may have beside the base's.
+    """
+    wanted = {name: spec for name, spec in base.specs().items() if name not in kept}
+    found = {}
+    for reader in experts:
+        specs = {
+            name: spec
+            for name, spec in reader.specs().items()
+            if name in wanted or not (name in kept or is_like(name, exclude))
+        }
+        for name in (rows or {}).keys() & specs.keys() & wanted.keys():
+            specs[name] = dataclasses.replace(specs[name], shape=wanted[name].shape)
+        found[reader.location] = specs
+    compare(base.location, wanted, found)
+
+
+def common_rows(base: Mapping[str, LeafSpec], experts: Sequence[Reader]) -> dict[str, int]:
+    """Leaves of the vocabulary whose numbers of rows differ, and how many rows all have."""
+    found = {}
+    for name, spec in base.items():
+        others = [reader.specs().get(name, spec) for reader in experts]
+        if _differ_in_rows(name, [spec, *others]):
+            found[name] = min(each.shape[0] for each in (spec, *others))
+    return found
+
+
+def _differ_in_rows(name: str, specs: Sequence[LeafSpec]) -> bool:
+    """Whether leaves of a vocabulary differ in the number of their rows, and in nothing else."""
+    return (
+        bool(_VOCABULARY.search(name))
+        and all(spec.shape for spec in specs)
+        and len({spec.shape[1:] for spec in specs}) == 1
+        and len({spec.shape[0] for spec in specs}) > 1
+    )
 
 
 def compare(
@@ -26,16 +70,17 @@ def compare(
 ) -> None:
     """The same for specs by location."""
     problems: list[str] = []
-    vocabulary = False
+    vocabulary = tied = False
     for location, found in experts.items():
         for name in base.keys() - found.keys():
+            tied |= bool(_VOCABULARY.search(name))
             problems.append(f"{location}: leaf {name} {_told(base[name])} is missing")
         for name in found.keys() - base.keys():
             problems.append(f"{location}: leaf {name} {_told(found[name])} is not in the base")
         for name in base.keys() & found.keys():
             want, have = base[name], found[name]
             if want.shape != have.shape:
-                is_vocabulary = bool(_VOCABULARY.search(name)) and want.shape[1:] == have.shape[1:]
+                is_vocabulary = _differ_in_rows(name, [want, have])
                 vocabulary |= is_vocabulary
                 rows = f" ({have.shape[0]} vocabulary rows, not {want.shape[0]})"
                 problems.append(
@@ -53,8 +98,13 @@ def compare(
     advice = "every expert must be fine-tuned from this base: same leaves, same shapes; float types may differ"
     if vocabulary:
         advice += (
-            "; where only vocabulary rows differ, bring the embeddings to one number of rows first"
-            " (in transformers: model.resize_token_embeddings(rows))"
+            "; where only vocabulary rows differ, VOCABULARY_ROWS='common' merges the rows that all have and keeps the"
+            " base's others"
+        )
+    if tied:
+        advice += (
+            "; where a leaf is left out because it is a copy of another, say so: TIED={'lm_head.weight':"
+            " 'model.embed_tokens.weight'}"
         )
     shown = sorted(problems)[:MOST_TOLD]
     more = f"\n  ... and {len(problems) - MOST_TOLD} more" if len(problems) > MOST_TOLD else ""

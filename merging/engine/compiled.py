@@ -17,14 +17,14 @@ Left out, too: time. A program of many matrix products is better judged by `flop
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 
-from merging.engine import products, traffic
+from merging.engine import collectives, products, traffic
+from merging.engine.collectives import Collective
 from merging.engine.hlo import Instruction, Module
 
 ELEMENTWISE = frozenset(
@@ -35,28 +35,6 @@ ELEMENTWISE = frozenset(
     shift-right-arithmetic shift-right-logical sign sine sqrt stochastic-convert subtract tan tanh xor
     """.split()
 )
-COLLECTIVES = frozenset(
-    """
-    all-gather all-reduce all-to-all collective-broadcast collective-permute ragged-all-to-all reduce-scatter
-    """.split()
-)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Collective:
-    """All collectives of one kind in a program.
-
-    Attributes:
-      count: how many.
-      nbytes: of their results on one device.
-      largest_bytes: of the largest array that one of them gives a device.
-      dtypes: of what they move, in HLO's words.
-    """
-
-    count: int
-    nbytes: int
-    largest_bytes: int
-    dtypes: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,21 +147,7 @@ class Program:
 
     @property
     def collectives(self) -> dict[str, Collective]:
-        found: dict[str, list[tuple[int, Instruction]]] = collections.defaultdict(list)
-        for instruction, _, times in self._run():
-            # An asynchronous one is two instructions, of which the second has the result alone.
-            kind = instruction.opcode.removesuffix("-done")
-            if kind in COLLECTIVES:
-                found[kind].append((times, instruction))
-        return {
-            kind: Collective(
-                count=sum(times for times, _ in each),
-                nbytes=sum(times * instruction.nbytes for times, instruction in each),
-                largest_bytes=max(v.nbytes for _, i in each for v in i.result),
-                dtypes=tuple(sorted({v.dtype for _, i in each for v in i.result})),
-            )
-            for kind, each in sorted(found.items())
-        }
+        return collectives.collectives(self._module)
 
     def _run(self) -> Iterator[tuple[Instruction, str, int]]:
         return self._module.run(self._module.entry)

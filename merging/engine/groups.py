@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -18,21 +18,35 @@ def without_scale(method: Method) -> Method:
     return method
 
 
-def group_by_scale(merges: Mapping[str, Method]) -> tuple[tuple[Group, ...], dict[str, int]]:
-    """The groups for `step.merge_step`, and which of its outputs is whose, by name."""
-    scales: dict[Method, list[tuple[str, float]]] = {}
-    for name, method in merges.items():
-        scales.setdefault(without_scale(method), []).append((name, getattr(method, "scale", 1.0)))
+def group_by_scale(
+    methods: Sequence[Method], asked: Sequence[int | None] | None = None
+) -> tuple[tuple[Group, ...], list[int], list[int | None]]:
+    """Merges that share a direction, as groups.
+
+    Args:
+      methods: one a merge.
+      asked: for each the number of its question to the survey; merges share what they asked together.
+
+    Returns:
+      The groups for `step.merge_step`, which of its outputs is whose, and the question of each group.
+    """
+    asked = asked or [None] * len(methods)
+    members: dict[tuple[Method, int | None], list[int]] = {}
+    for number, (method, question) in enumerate(zip(methods, asked, strict=True)):
+        members.setdefault((without_scale(method), question), []).append(number)
     groups: list[Group] = []
-    place: dict[str, int] = {}
+    place = [0] * len(methods)
     outputs = 0
-    for method, members in scales.items():
+    for (method, _), numbers in members.items():
         if isinstance(method, TaskVectorMethod):
-            groups.append(Group(method, np.array([scale for _, scale in members], np.float32)))
-            place.update((name, outputs + i) for i, (name, _) in enumerate(members))
-            outputs += len(members)
-        else:  # equal settings: one output serves all of its names
+            scales = np.array([methods[number].scale for number in numbers], np.float32)
+            groups.append(Group(method, scales))
+            for i, number in enumerate(numbers):
+                place[number] = outputs + i
+            outputs += len(numbers)
+        else:  # equal settings: one output serves all
             groups.append(Group(method, None))
-            place.update((name, outputs) for name, _ in members)
+            for number in numbers:
+                place[number] = outputs
             outputs += 1
-    return tuple(groups), place
+    return tuple(groups), place, [question for _, question in members]

@@ -14,11 +14,18 @@ class Module:
     Attributes:
       computations: instructions by name, by the computation's name.
       entry: the name of the computation that is run.
+      devices: that the module is for.
     """
 
     def __init__(self, text: str):
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.entry = ""
+        self.devices = math.prod(
+            int(count)
+            for count in re.findall(
+                r"\b(?:num_partitions|replica_count)=(\d+)", text.partition("\n")[0]
+            )
+        )
         current: dict[str, Instruction] = {}
         for line in text.splitlines():
             head = re.match(r"(ENTRY )?%([\w.\-]+) .*\{$", line)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -34,11 +34,15 @@ class Tensor:
       leaf: the stored array it is (part of).
       layer: index along the leaf's stacked axis, or None.
       path: canonical, with the layer's index in it.
+      is_kept: it stays as the base has it.
+      first_row: only rows from here on are meant.
     """
 
     leaf: LeafSpec
     layer: int | None
     path: str
+    is_kept: bool = False
+    first_row: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -88,6 +92,26 @@ class Piece:
         return np.array([self.start & 0xFFFFFFFF, self.start >> 32], np.uint32)
 
 
+def parts_of(
+    leaf: LeafSpec, stacked: Stacked, is_merged: Callable[[Tensor], bool], rows: int | None
+) -> list[Tensor]:
+    """A float leaf's tensors: those to be merged, and what is kept as the base has it.
+
+    Args:
+      is_merged: whether a tensor of the leaf is to be merged.
+      rows: where given, only the first so many rows are, and the others kept.
+    """
+    if rows is None or rows == leaf.shape[0]:
+        return [
+            tensor if is_merged(tensor) else dataclasses.replace(tensor, is_kept=True)
+            for tensor in tensors_of(leaf, stacked)
+        ]
+    # A tensor cut after some rows keeps the flat indices of the elements in them.
+    common = dataclasses.replace(leaf, shape=(rows, *leaf.shape[1:]))
+    parts = parts_of(common, stacked, is_merged, None)
+    return [*parts, Tensor(leaf, None, canonical(leaf.name), is_kept=True, first_row=rows)]
+
+
 def copied_tensor(leaf: LeafSpec) -> Tensor:
     """A leaf that is not merged, as one tensor whatever its layers."""
     return Tensor(dataclasses.replace(leaf, stacked=None), None, leaf.name)
@@ -105,7 +129,7 @@ def tensors_of(leaf: LeafSpec, stacked: Stacked) -> list[Tensor]:
 
 def pieces_of(tensor: Tensor, limit: int) -> Iterator[Piece]:
     """Cuts a tensor into contiguous pieces of at most `limit` elements, in C order."""
-    start = 0
+    start = tensor.first_row * math.prod(tensor.shape[1:])
     while start < tensor.size:
         piece = piece_at(tensor, start, limit)
         yield piece

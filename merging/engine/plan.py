@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,13 +17,18 @@ from merging.checkpoints import FORMATS, open_checkpoint
 from merging.checkpoints.format import LeafSpec, Reader
 from merging.checkpoints.known_layouts import in_layout_of
 from merging.checkpoints.layout_reader import BUFFER_BYTES, LayoutReader
+from merging.checkpoints.tied import tied
 from merging.checkpoints.tree_writer import OPTIMIZER_STATES
-from merging.engine.compatible import check_compatible, with_stacked
-from merging.engine.pieces import bytes_per_element, piece_limit
+from merging.engine.compatible import check_compatible, common_rows, with_stacked
+from merging.engine.pieces import Tensor, bytes_per_element, parts_of, piece_limit
+from merging.engine.selection import Selection, names_of
 from merging.methods.method import Method
+from merging.models import model_file
+from merging.models.model_file import ModelFile
 from merging.paths import Stacked
 
 OUTPUT_DTYPES = ("float32", "bfloat16", "float16")
+VOCABULARY_ROWS = ("refuse", "common")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,8 +46,13 @@ class Settings:
       params_path: where the parameters are in the tree of a train state (Orbax, T5X), keys joined by `/`; None finds them.
       format: of the output, a name of `checkpoints.FORMATS`; None keeps the base's.
       optimizer_state: "drop", or "base" to write what the base's train state holds beside its parameters.
-      stacked: {pattern of paths: axis over layers}; see `paths.Stacked`.
+      stacked: {pattern of paths: axis over layers}; see `paths.Stacked`. None: what the base's model.json says.
       statistics: share of blocks from which statistics are gathered; 0 gathers none.
+      include, exclude: patterns of leaves; what is not included, or excluded, stays as the base has it.
+      patterns: {pattern: {setting: value}}: scale, density or weights of some leaves; see `engine.selection`.
+      tied: "refuse" checkpoints that lack a leaf; or {leaf: leaf that it is a copy of}.
+      vocabulary_rows: "refuse" embeddings of different numbers of rows; or "common": the rows that all have are merged, the
+        rest stays as the base has it.
     """
 
     base: epath.PathLike
@@ -58,6 +69,11 @@ class Settings:
     optimizer_state: str = "drop"
     stacked: Mapping[str, int] | None = None
     statistics: float = 1 / 64
+    include: Sequence[str] = ("*",)
+    exclude: Sequence[str] = ()
+    patterns: Mapping[str, Mapping[str, Any]] | None = None
+    tied: str | Mapping[str, str] = "refuse"
+    vocabulary_rows: str = "refuse"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,12 +84,14 @@ class Plan:
       settings: as they were given.
       format: of the output.
       carry_from: a Hugging Face folder whose config and tokenizer belong to the base; None where there is none.
+      model: what the base's model.json says, which goes along; None where it has none.
       base, experts: open readers.
       output: the folder to be.
       merges: method by name; a single one is named "".
       outputs: folder by the same names: the output itself for "", else folders in it.
       specs: leaves of the output, in storage order.
-      stacked: which leaves hold a tensor for each layer.
+      selection: what is merged, and with which settings.
+      tensors: of each leaf, those that are merged and those that are kept; none of a leaf that all must share.
       limit: elements of the largest piece.
       workers: threads.
       passes: reads of all inputs that are certain, the merge's own included.
@@ -83,6 +101,7 @@ class Plan:
     settings: Settings
     format: str
     carry_from: epath.Path | None
+    model: ModelFile | None
     base: Reader
     experts: tuple[Reader, ...]
     output: epath.Path
@@ -90,7 +109,8 @@ class Plan:
     outputs: Mapping[str, epath.Path]
     specs: Mapping[str, LeafSpec]
     base_specs: Mapping[str, LeafSpec]
-    stacked: Stacked
+    selection: Selection
+    tensors: Mapping[str, Sequence[Tensor]]
     limit: int
     workers: int
     passes: int
@@ -99,10 +119,14 @@ class Plan:
 
     @property
     def input_bytes(self) -> int:
-        """Of all inputs, read once."""
-        return sum(
-            spec.nbytes for reader in (self.base, *self.experts) for spec in reader.specs().values()
-        )
+        """Of all inputs, as far as they matter, read once."""
+        experts = [reader.specs() for reader in self.experts]
+        total = 0
+        for name, spec in self.base_specs.items():
+            kept = sum(_size(t) for t in self.tensors[name] if t.is_kept)
+            itemsizes = sum(specs[name].dtype.itemsize for specs in experts if name in specs)
+            total += spec.nbytes + (spec.size - kept) * itemsizes
+        return total
 
     @property
     def output_bytes(self) -> int:
@@ -116,12 +140,17 @@ class Plan:
 
     def describe(self) -> str:
         """The plan as text, one fact a line."""
-        merged = [spec for spec in self.base_specs.values() if spec.is_merged]
+        parts = [each for each in self.tensors.values() if any(not t.is_kept for t in each)]
+        merged = sum(t.size for each in parts for t in each if not t.is_kept)
         lines = [
             f"base       {self.base.location}",
             *(f"expert {i}   {reader.location}" for i, reader in enumerate(self.experts)),
-            f"leaves     {len(merged)} merged ({sum(s.size for s in merged):,} parameters),"
-            f" {len(self.base_specs) - len(merged)} copied",
+            f"leaves     {len(parts)} merged ({merged:,} parameters),"
+            f" {len(self.base_specs) - len(parts)} copied",
+            *(
+                f"{'settings':10s} {dict(each)} of {pattern}"
+                for pattern, each in self.selection.patterns.items()
+            ),
             *(
                 f"{'merge' if not name else name:10s} {method} -> {self.outputs[name]}"
                 for name, method in self.merges.items()
@@ -143,7 +172,9 @@ def plan(settings: Settings) -> Plan:
     Raises ValueError (CheckpointError, OutputError) saying what was found, wanted, where, and what to do.
     """
     merges = _merges(settings.method, settings.methods)
+    selection = Selection(settings.include, settings.exclude, settings.patterns or {})
     _check_settings(settings, merges)
+    selection.check(merges, len(settings.experts))
     output = epath.Path(settings.output_dir)
     inputs = (settings.base, *settings.experts)
     manifest.check_apart(output, inputs)
@@ -155,11 +186,26 @@ def plan(settings: Settings) -> Plan:
             )
             for path in inputs
         )
-        stacked = Stacked(settings.stacked)
+        described = model_file.read_if_there(settings.base)
+        says_it = settings.stacked is None and described is not None
+        stacked = Stacked(described.stacked if says_it else settings.stacked)
         base_specs = with_stacked(base_reader.specs(), stacked)
         buffer_bytes = min(BUFFER_BYTES, settings.memory_budget_bytes // (4 * len(readers)))
         readers = [in_layout_of(base_specs, r, buffer_bytes=buffer_bytes) for r in readers]
-        check_compatible(base_reader, readers)
+        if settings.tied != "refuse":
+            readers = [tied(reader, base_specs, settings.tied) for reader in readers]
+        rows = common_rows(base_specs, readers) if settings.vocabulary_rows == "common" else {}
+        tensors = {
+            name: parts_of(
+                spec, stacked, lambda t: selection.is_merged(names_of(t)), rows.get(name)
+            )
+            if spec.is_merged
+            else []
+            for name, spec in base_specs.items()
+        }
+        selection.check_used([names_of(t) for each in tensors.values() for t in each])
+        kept = {name for name, each in tensors.items() if each and all(t.is_kept for t in each)}
+        check_compatible(base_reader, readers, kept=kept, rows=rows, exclude=settings.exclude)
         specs = stored_as(settings.output_dtype, base_specs)
         workers = max(2, os.cpu_count() or 1)
         rearranged = sum(isinstance(reader, LayoutReader) for reader in readers)
@@ -169,7 +215,7 @@ def plan(settings: Settings) -> Plan:
             per_element={
                 name: bytes_per_element(
                     spec,
-                    [of_expert[name] for of_expert in expert_specs],
+                    [of_expert[name] for of_expert in expert_specs if name in of_expert],
                     len(merges),
                     specs[name].dtype.itemsize,
                     workers,
@@ -192,6 +238,11 @@ def plan(settings: Settings) -> Plan:
             "optimizer_state": settings.optimizer_state,
             "stacked": stacked.patterns,
             "statistics": settings.statistics,
+            "include": list(settings.include),
+            "exclude": list(settings.exclude),
+            "patterns": {name: dict(each) for name, each in selection.patterns.items()},
+            "tied": settings.tied if isinstance(settings.tied, str) else dict(settings.tied),
+            "vocabulary_rows": settings.vocabulary_rows,
             "base": base_reader.digest(),
             "experts": [reader.digest() for reader in readers],
         }
@@ -206,6 +257,7 @@ def plan(settings: Settings) -> Plan:
             settings=settings,
             format=output_format,
             carry_from=base_reader.folder if base_reader.format == "safetensors" else None,
+            model=described,
             base=base_reader,
             experts=tuple(readers),
             output=output,
@@ -213,7 +265,8 @@ def plan(settings: Settings) -> Plan:
             outputs=outputs,
             specs=specs,
             base_specs=base_specs,
-            stacked=stacked,
+            selection=selection,
+            tensors=tensors,
             limit=limit,
             workers=workers,
             passes=1
@@ -267,6 +320,15 @@ def _check_settings(settings: Settings, merges: Mapping[str, Method]) -> None:
         raise ValueError(
             f"OPTIMIZER_STATE is {settings.optimizer_state!r}: choose 'drop' or 'base'"
         )
+    if settings.vocabulary_rows not in VOCABULARY_ROWS:
+        raise ValueError(
+            f"VOCABULARY_ROWS is {settings.vocabulary_rows!r}: choose 'refuse' or 'common'"
+        )
+    if settings.tied != "refuse" and not isinstance(settings.tied, Mapping):
+        raise ValueError(
+            f"TIED is {settings.tied!r}: choose 'refuse', or give {{leaf: leaf that it is a copy of}}, such as"
+            " {'lm_head.weight': 'model.embed_tokens.weight'}"
+        )
     if not 0 <= settings.statistics <= 1:
         raise ValueError(
             f"statistics is {settings.statistics}: the share of blocks to sample, from 0 to 1"
@@ -290,6 +352,11 @@ def stored_as(output_dtype: str | None, specs: Mapping[str, LeafSpec]) -> dict[s
         name: dataclasses.replace(spec, dtype=dtype) if spec.is_merged else spec
         for name, spec in specs.items()
     }
+
+
+def _size(tensor: Tensor) -> int:
+    """Elements that a tensor stands for."""
+    return tensor.size - tensor.first_row * math.prod(tensor.shape[1:])
 
 
 def size_text(nbytes: float) -> str:

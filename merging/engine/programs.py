@@ -151,7 +151,7 @@ class _Leaf:
             )
 
     def _lower_merge(self, method: Method, facts: Facts) -> jax.stages.Lowered:
-        groups, _ = group_by_scale({"": method})
+        groups, _, _ = group_by_scale([method])
         return merge_step.lower(
             groups,
             (facts,),

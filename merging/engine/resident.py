@@ -64,7 +64,7 @@ def merge_params(
     method.check(len(experts))
     model = _Model(base, experts, seed=seed, stacked=Stacked(stacked))
     facts = _survey(model, method) if method.asks_survey else None
-    groups, _ = group_by_scale({"": method})
+    groups, _, _ = group_by_scale([method])
     merged = dict(model.base)
     for name in model.merged:
         leaf = model.leaves[name]

@@ -16,9 +16,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, UInt8, UInt32
+from jaxtyping import Array, UInt32
 
-from merging.engine.packed import count_fields, pack
+from merging.engine.packed import count, pack
 from merging.engine.pieces import Tensor
 from merging.engine.step import ONE_THREAD, Facts, Geometry, draw_for
 from merging.engine.stream import LoadedPiece, padded_size, to_float32
@@ -122,8 +122,8 @@ def gather(
     stored = [
         np.concatenate([array[run] for run in runs]) for array in (loaded.base, *loaded.experts)
     ]
-    base, *experts = (to_float32(array) for array in stored)
-    vectors = np.stack([expert - base for expert in experts])  # [N, sampled], float32
+    numbers = np.stack([to_float32(array) for array in stored])
+    vectors = numbers[1:] - numbers[0]  # [N, sampled], float32
     for at in range(0, sampled, _GRAM_ELEMENTS):
         exact = vectors[:, at : at + _GRAM_ELEMENTS].astype(np.float64)
         result.gram += exact @ exact.T
@@ -157,7 +157,7 @@ def _count_kept(
     index[:sampled] = np.concatenate([np.arange(run.start, run.stop) for run in runs])
     index += np.uint64(loaded.piece.start)
     base, *experts = (np.concatenate([a, np.zeros(padded - sampled, a.dtype)]) for a in stored)
-    fields = _kept_step(
+    words = _kept_step(
         method,
         fact,
         base,
@@ -166,7 +166,7 @@ def _count_kept(
         index.astype(np.uint32),
         (index >> np.uint64(32)).astype(np.uint32) if loaded.geometry.wide else None,
     )
-    return count_fields([np.asarray(field)[:sampled] for field in fields], len(experts))
+    return count([np.asarray(word)[:sampled] for word in words], len(experts))
 
 
 @functools.partial(jax.jit, compiler_options=ONE_THREAD)
@@ -178,12 +178,12 @@ def _kept_step(
     keys: UInt32[Array, "n 2"],
     low: UInt32[Array, "m"],  # noqa: F821
     high: UInt32[Array, "m"] | None,  # noqa: F821
-) -> list[UInt8[Array, "m"]]:  # noqa: F821
-    """Packed bits, one an expert: whether its entry survives the method's drop and trim and is not zero."""
+) -> list[UInt32[Array, "m"]]:  # noqa: F821
+    """Words of counted bits, one an expert: whether its entry survives the method's drop and trim and is not zero."""
     geometry = Geometry((base.shape[0],), (1,), wide=high is not None)
     survey = fact.survey(geometry)
     draw = draw_for(keys, ElementIndex(low, high), geometry)
     vectors = method.vectors(base, experts, survey=survey, draw=draw)
     if survey.thresholds:
         vectors = trim(vectors, survey)
-    return pack([[vector != 0 for vector in vectors]])
+    return pack([vector != 0 for vector in vectors])

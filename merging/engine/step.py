@@ -1,7 +1,7 @@
 """The jitted steps that everything runs: disk to disk or resident, sliced or whole, on one device or a pod.
 
 `merge_step` merges one piece by all methods; `survey_step` says of every element on which side of each bracket its
-magnitude lies and how the vote goes, packed in bytes that the host counts; `count_step` counts the same on the
+magnitude lies and how the vote goes, packed in words that the host counts; `count_step` counts the same on the
 devices, for arrays too many to bring to a host; `codes_step` gives exact magnitudes of gathered elements.
 
 A piece is a box of one tensor. All steps are elementwise but for `whole` methods, so any sharding of the inputs is kept
@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, UInt8, UInt32
+from jaxtyping import Array, Bool, Float, UInt32
 
 from merging.engine.packed import pack
 from merging.kernels.election import elect, ordered_sum
@@ -234,13 +234,13 @@ def survey_step(
     offset: UInt32[Array, "2"],
     *,
     geometry: Geometry,
-) -> list[list[UInt8[Array, "*shape"]]]:
-    """For each question and element, packed bits: above the bracket, in the bracket, and the vote.
+) -> list[list[UInt32[Array, "*shape"]]]:
+    """For each question the words (`engine.packed`) of every element.
 
     Returns:
-      Per question ceil(N/8) bytes of "at least high", ceil(N/8) bytes of "in [low, high)" (both absent without a trim),
-      then one byte: 1 the vote under the guessed thresholds is positive, 2 negative, 4 some expert is in its bracket so
-      the vote is not certain, 8 some input is not finite.
+      Counted bits: N of "at least high" (absent without a trim), then the vote under the guessed thresholds is positive,
+      then it is negative. Found bits: N of "in [low, high)", where that vote is not certain. The alarm: some input is
+      not finite.
     """
     draw = draw_for(keys, _index(geometry, offset), geometry)
     clean = _all_inputs_finite(base, experts)
@@ -258,9 +258,7 @@ def survey_step(
                 trimmed.append(jnp.where(magnitude >= guess, vector, jnp.float32(0)))
             vectors = trimmed
         vote = elect(vectors, weights=method.weights)
-        uncertain = functools.reduce(jnp.logical_or, inside, jnp.zeros_like(clean))
-        fields = [above, inside, [vote > 0, vote < 0, uncertain, ~clean]]
-        results.append(pack([bits for bits in fields if bits]))
+        results.append(pack([*above, vote > 0, vote < 0], inside, alarm=~clean))
     return results
 
 

@@ -162,6 +162,13 @@ class Stream:
             * itemsize
         )
 
+    def read_kept(self, piece: Piece) -> np.ndarray:
+        """A piece that stays as the base has it, whatever the experts hold."""
+        base = self.base.read(piece.tensor.leaf.name, piece.index)
+        with self._lock:
+            self.bytes_read += base.nbytes
+        return base
+
     def read_copied(self, piece: Piece) -> np.ndarray:
         """A piece of a leaf that is not merged, which all experts must hold as the base does.
 

@@ -11,14 +11,22 @@ Only counts are added up, so the facts are the same whatever the slices, the ord
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
-from merging.engine.packed import count_bits, count_fields, nonzero_in_any
+from merging.engine.packed import (
+    IN_A_WORD,
+    count,
+    counted_bit,
+    found_bit,
+    has_alarm,
+    with_any_found,
+)
 from merging.engine.pieces import Piece, Tensor, piece_at, pieces_of
+from merging.engine.selection import Asked
 from merging.engine.step import Facts, Question, codes_step, in_worker, survey_step
 from merging.engine.stream import LoadedPiece, Stream, padded_size, take, to_float32
 from merging.kernels.magnitude import (
@@ -38,6 +46,7 @@ SAMPLE_ELEMENTS = (
 SAMPLE_BLOCK = (
     1 << 12
 )  # elements read in one go; smaller blocks are more alike the whole, larger ones fewer reads
+FEWEST_BLOCKS = 64  # of a part of the model that is trimmed by itself
 survey_in_worker = in_worker(survey_step, "geometry")
 codes_in_worker = in_worker(codes_step)
 
@@ -51,6 +60,7 @@ class MethodSurvey:
 
     Attributes:
       method: its scale does not matter.
+      paths: of the tensors it asks about.
       searches: per group (the model, or each tensor) one search per expert; empty without a trim.
       l1: per tensor path, float32 [N] ratios.
       majority: +1, -1, or None while unknown.
@@ -58,6 +68,7 @@ class MethodSurvey:
 
     def __init__(self, method: TaskVectorMethod, tensors: Sequence[Tensor], experts: int):
         self.method = method
+        self.paths = frozenset(tensor.path for tensor in tensors)
         self.experts = experts
         self.l1: dict[str, np.ndarray] = {}
         self.majority: int | None = None
@@ -77,10 +88,16 @@ class MethodSurvey:
     def group(self, tensor: Tensor) -> str:
         return MODEL if self.method.trim_scope == "model" else tensor.path
 
+    def covers(self, tensor: Tensor) -> bool:
+        """Whether this tensor is one of those it asks about."""
+        return tensor.path in self.paths
+
     def is_open(self, tensor: Tensor) -> bool:
         """Whether this tensor still has to be counted for a threshold."""
-        return bool(self.searches) and not all(
-            search.is_done for search in self.searches[self.group(tensor)]
+        return (
+            self.covers(tensor)
+            and bool(self.searches)
+            and not all(search.is_done for search in self.searches[self.group(tensor)])
         )
 
     def forget(self) -> None:
@@ -91,20 +108,23 @@ class MethodSurvey:
         """What to count in this tensor next."""
         edges = None
         if self.searches:
-            edges = self._remember("edges", tensor, lambda searches: [_edges(s) for s in searches])
+            edges = self._remember(
+                "edges",
+                tensor,
+                lambda searches: np.array([_edges(s) for s in searches], np.float32),
+            )
         return Question(self.method, Facts(l1=self.l1.get(tensor.path)), edges)
 
-    def brackets(self, tensor: Tensor) -> dict[int, Bracket]:
-        """The brackets that `question` asks for, by expert; none for what is known."""
-        searches = self.searches[self.group(tensor)]
-        return {i: search.bracket() for i, search in enumerate(searches) if not search.is_done}
+    def brackets(self, tensor: Tensor) -> Brackets:
+        """The brackets that `question` asks for."""
+        return self._remember("brackets", tensor, Brackets.of)
 
     def facts(self, tensor: Tensor) -> Facts:
         """What the merge of this tensor needs, once everything is known."""
         thresholds = None
         if self.searches:
             thresholds = self._remember(
-                "thresholds", tensor, lambda searches: [search.threshold for search in searches]
+                "thresholds", tensor, lambda searches: np.array([s.threshold for s in searches])
             )
         return Facts(
             thresholds=thresholds,
@@ -112,14 +132,35 @@ class MethodSurvey:
             l1=self.l1.get(tensor.path),
         )
 
-    def _remember(
-        self, what: str, tensor: Tensor, compute: Callable[[list[Search]], list[Any]]
-    ) -> np.ndarray:
-        """float32 numbers of the tensor's searches; computed anew for every piece they would cost more than the piece."""
+    def _remember(self, what: str, tensor: Tensor, compute: Callable[[list[Search]], Any]) -> Any:
+        """What follows from the tensor's searches; computed anew for every piece it would cost more than the piece."""
         key = what, self.group(tensor)
         if key not in self._known:
-            self._known[key] = np.array(compute(self.searches[key[1]]), np.float32)
+            self._known[key] = compute(self.searches[key[1]])
         return self._known[key]
+
+
+@dataclasses.dataclass(frozen=True)
+class Brackets:
+    """The brackets of all searches that are not done, and their bins, those of one expert behind those of another.
+
+    Attributes:
+      low, shift: int64 [N], as in `Bracket`.
+      first: int64 [N + 1], where each expert's bins begin, and where all end; those that are done have none.
+    """
+
+    low: np.ndarray
+    shift: np.ndarray
+    first: np.ndarray
+
+    @classmethod
+    def of(cls, searches: Sequence[Search]) -> Brackets:
+        brackets = [Bracket(0, 0, 0, 0) if s.is_done else s.bracket() for s in searches]
+        return cls(
+            low=np.array([b.low for b in brackets], np.int64),
+            shift=np.array([b.shift for b in brackets], np.int64),
+            first=np.cumsum([0, *(b.bins for b in brackets)]),
+        )
 
 
 def _edges(search: Search) -> tuple[np.float32, np.float32, np.float32]:
@@ -154,7 +195,7 @@ class Votes:
 
 
 def survey(
-    methods: Sequence[TaskVectorMethod],
+    questions: Sequence[Asked],
     stream: Stream,
     tensors: Sequence[Tensor],
     mine: Sequence[Tensor],
@@ -162,10 +203,10 @@ def survey(
     combine: Combine,
     log: Callable[[str], None],
 ) -> tuple[list[MethodSurvey], int]:
-    """Finds everything the methods ask.
+    """Finds everything that is asked.
 
     Args:
-      methods: those that ask for something, in any order.
+      questions: methods, each with the tensors that are its model, the same on every host.
       stream: reads the inputs.
       tensors: all merged tensors of the model, the same on every host.
       mine: those that this host reads (and later merges).
@@ -173,10 +214,10 @@ def survey(
       log: told of every read and why.
 
     Returns:
-      One survey per method, in their order (thresholds of single tensors are known for `mine` alone), and how often all
+      One survey per question, in their order (thresholds of single tensors are known for `mine` alone), and how often all
       inputs were read.
     """
-    surveys = [MethodSurvey(method, tensors, len(stream.experts)) for method in methods]
+    surveys = [MethodSurvey(q.method, q.tensors, len(stream.experts)) for q in questions]
     asking_l1 = [s for s in surveys if s.method.asks_l1]
     if asking_l1:
         log("reading all inputs for the L1 norms of each tensor")
@@ -201,7 +242,14 @@ def survey(
             )
         first = False
         reads += 1
-        wanted = [t for t in mine if any(is_unknown) or any(s.is_open(t) for s in asking)]
+        wanted = [
+            t
+            for t in mine
+            if any(
+                s.is_open(t) or (s.covers(t) and s.method.asks_majority and s.majority is None)
+                for s in asking
+            )
+        ]
         _survey_counts(asking, stream, wanted, combine)
 
 
@@ -216,10 +264,16 @@ def _what(surveys: Sequence[MethodSurvey]) -> str:
 
 @dataclasses.dataclass
 class _Tally:
-    """Counts of one method's brackets in one group."""
+    """Counts of one method's brackets in one group.
 
-    above: np.ndarray  # int64 [N]
-    bins: list[np.ndarray]  # per expert int64 [bins of its bracket]
+    Attributes:
+      above: int64 [N].
+      bins: int64, of all `brackets` one after another.
+    """
+
+    above: np.ndarray
+    bins: np.ndarray
+    brackets: Brackets
 
 
 @dataclasses.dataclass
@@ -228,12 +282,12 @@ class _Counted:
 
     Attributes:
       above: int64 [N]; None without a trim.
-      codes: per expert, the number of the bin of each element in the bracket.
+      bins: int64, of every entry that lies in a bracket the number of its bin among those of all experts.
       votes: int64 [5], in the order of `Votes`.
     """
 
     above: np.ndarray | None
-    codes: list[np.ndarray]
+    bins: np.ndarray
     votes: np.ndarray
 
 
@@ -246,9 +300,10 @@ def _survey_counts(
     guesses = [_answers(s, tensors) for s in surveys]
     left = {tensor.path: tensor.size for tensor in tensors}  # elements not yet counted
 
-    def take(result: tuple[Piece, list[_Counted]]) -> None:
+    def take(result: tuple[Piece, dict[int, _Counted]]) -> None:
         piece, counted = result
-        for number, (survey, found) in enumerate(zip(surveys, counted, strict=True)):
+        for number, found in counted.items():
+            survey = surveys[number]
             votes[number] += found.votes
             if found.above is None:
                 continue
@@ -257,8 +312,7 @@ def _survey_counts(
                 tallies[key] = _empty_tally(survey, key[1])
             tally = tallies[key]
             tally.above += found.above
-            for bins, codes in zip(tally.bins, found.codes, strict=True):
-                np.add.at(bins, codes, 1)
+            np.add.at(tally.bins, found.bins, 1)
         path = piece.tensor.path
         left[path] -= piece.size
         if not left[path]:
@@ -272,9 +326,8 @@ def _survey_counts(
     for number, survey in enumerate(surveys):
         if MODEL in survey.searches:
             tally = tallies.setdefault((number, MODEL), _empty_tally(survey, MODEL))
-            counts = [tally.above, *tally.bins]
-            total = combine(np.concatenate(counts))
-            tally.above, *tally.bins = np.split(total, np.cumsum([len(c) for c in counts])[:-1])
+            total = combine(np.concatenate([tally.above, tally.bins]))
+            tally.above, tally.bins = np.split(total, [len(tally.above)])
     _narrow(surveys, tallies, MODEL)
     # A host whose guesses were not all exact makes the votes of all uncertain.
     inexact = [
@@ -295,8 +348,9 @@ def _narrow(
         tally = tallies.pop((number, group), None)
         if tally is None:
             continue
+        of_experts = np.split(tally.bins, tally.brackets.first[1:-1])
         for search, above, bins in zip(
-            survey.searches[group], tally.above, tally.bins, strict=True
+            survey.searches[group], tally.above, of_experts, strict=True
         ):
             if not search.is_done:
                 search.narrow_by_bins(search.bracket(), int(above), bins)
@@ -304,16 +358,16 @@ def _narrow(
 
 
 def _empty_tally(survey: MethodSurvey, group: str) -> _Tally:
-    searches = survey.searches[group]
+    brackets = Brackets.of(survey.searches[group])
     return _Tally(
-        np.zeros(len(searches), np.int64),
-        [np.zeros(0 if s.is_done else s.bracket().bins, np.int64) for s in searches],
+        np.zeros(survey.experts, np.int64), np.zeros(brackets.first[-1], np.int64), brackets
     )
 
 
 def _answers(survey: MethodSurvey, tensors: Sequence[Tensor]) -> list[int]:
     """The answer of each search as far as it is known: exact where done, else the guess."""
-    groups = dict.fromkeys(survey.group(tensor) for tensor in tensors) if survey.searches else ()
+    groups = dict.fromkeys(survey.group(t) for t in tensors if survey.covers(t))
+    groups = groups if survey.searches else {}
     return [
         (search.low if search.rank else -1) if search.is_done else search.bracket().guess
         for group in groups
@@ -321,70 +375,92 @@ def _answers(survey: MethodSurvey, tensors: Sequence[Tensor]) -> list[int]:
     ]
 
 
-def _count(surveys: Sequence[MethodSurvey], stream: Stream, loaded: LoadedPiece) -> list[_Counted]:
-    """Counts one piece for every method; runs in a worker."""
-    questions = tuple(s.question(loaded.tensor) for s in surveys)
+def _count(
+    surveys: Sequence[MethodSurvey], stream: Stream, loaded: LoadedPiece
+) -> dict[int, _Counted]:
+    """Counts one piece for every survey that covers it, by the survey's number; runs in a worker."""
+    covering = [i for i, s in enumerate(surveys) if s.covers(loaded.tensor)]
+    questions = tuple(surveys[i].question(loaded.tensor) for i in covering)
     base, experts = loaded.on_devices()
     packed = survey_in_worker(
         questions, base, experts, loaded.keys, loaded.offset, geometry=loaded.geometry
     )
-    counted = []
-    for survey, question, fields in zip(surveys, questions, packed, strict=True):
-        fields = [np.asarray(field)[: loaded.size] for field in fields]
-        if fields[-1].max() >= 8:
+    counted = {}
+    for number, question, words in zip(covering, questions, packed, strict=True):
+        words = [np.asarray(word)[: loaded.size] for word in words]
+        if has_alarm(words):
             stream.blame_not_finite(loaded)
-        counted.append(_count_fields(survey, question, fields, loaded))
+        counted[number] = _count_words(surveys[number], question, words, loaded)
     return counted
 
 
-def _count_fields(
-    survey: MethodSurvey, question: Question, fields: list[np.ndarray], loaded: LoadedPiece
+def _count_words(
+    survey: MethodSurvey, question: Question, words: list[np.ndarray], loaded: LoadedPiece
 ) -> _Counted:
-    vote = fields[-1]
     if question.edges is None:  # every vote is certain
-        positive, negative = count_bits(vote, 2)
+        positive, negative = count(words, 2)
         votes = np.array([positive, negative, positive, negative, 0], np.int64)
-        return _Counted(None, [], votes)
-    positive, negative, uncertain = count_bits(vote, 3)
-    certain = vote * (vote < 4)  # the vote byte where no expert is in its bracket
-    votes = np.array([positive, negative, *count_bits(certain, 2), uncertain], np.int64)
+        return _Counted(None, np.zeros(0, np.int64), votes)
     number = len(loaded.experts)
-    width = -(-number // 8)
-    above = count_fields(fields[:width], number)
-    brackets = survey.brackets(loaded.tensor)
-    codes = [np.zeros(0, np.int64)] * number
-    if brackets:
-        inside = fields[width : 2 * width]
-        codes = _codes_inside(brackets, question, inside, loaded)
-    return _Counted(above, codes, votes)
+    *above, positive, negative = count(words, number + 2)
+    chosen = with_any_found(words)
+    flags = [word[chosen] for word in words]
+    uncertain = [
+        np.count_nonzero(flags[i // IN_A_WORD] & counted_bit(i)) for i in (number, number + 1)
+    ]
+    votes = [positive, negative, positive - uncertain[0], negative - uncertain[1], len(chosen)]
+    return _Counted(
+        np.array(above, np.int64),
+        _bins_inside(survey, question, flags, chosen, loaded),
+        np.array(votes, np.int64),
+    )
 
 
-def _codes_inside(
-    brackets: Mapping[int, Bracket],
+def _bins_inside(
+    survey: MethodSurvey,
     question: Question,
-    inside: list[np.ndarray],
+    flags: list[np.ndarray],
+    chosen: np.ndarray,
     loaded: LoadedPiece,
-) -> list[np.ndarray]:
-    """Per expert, the bins of the elements that lie in its bracket, from their exact magnitudes."""
-    result = [np.zeros(0, np.int64)] * len(loaded.experts)
-    chosen = nonzero_in_any(inside)
-    flags = [field[chosen] for field in inside]
+) -> np.ndarray:
+    """Every entry of `chosen` elements that lies in its expert's bracket: the number of its bin, from its magnitude."""
+    brackets = survey.brackets(loaded.tensor)
+    inside = [
+        np.flatnonzero((flags[i // IN_A_WORD] & found_bit(i)) != 0) for i in range(survey.experts)
+    ]
     # Only what survived a drop can lie in a bracket that excludes zero: there the vector is the plain one.
-    is_plain = question.facts.l1 is None and all(b.low > 0 for b in brackets.values())
-    codes = None if is_plain else gathered_codes(question, loaded, chosen)
-    for i, bracket in brackets.items():
-        is_inside = (flags[i // 8] >> np.uint8(i % 8)) & np.uint8(1) != 0
-        found = _plain_codes(loaded, i, chosen[is_inside]) if is_plain else codes[i][is_inside]
-        result[i] = (found.astype(np.int64) - bracket.low) >> bracket.shift
-    return result
+    if question.facts.l1 is None and np.all(brackets.low[np.diff(brackets.first) > 0] > 0):
+        codes = _plain_codes(loaded, chosen, inside)
+    else:
+        every = gathered_codes(question, loaded, chosen)
+        codes = [row[at] for row, at in zip(every, inside, strict=True)]
+    parts = zip(codes, brackets.low, brackets.shift, brackets.first, strict=False)
+    return np.concatenate(
+        [first + ((code.astype(np.int64) - low) >> shift) for code, low, shift, first in parts]
+    )
 
 
-def _plain_codes(loaded: LoadedPiece, expert: int, chosen: np.ndarray) -> np.ndarray:
-    """Magnitude codes of one expert's plain task vector at chosen elements, as XLA computes them: int64 [chosen]."""
-    ours, base = (to_float32(array[chosen]) for array in (loaded.experts[expert], loaded.base))
-    for array in (ours, base):
-        array[np.abs(array) < np.finfo(np.float32).tiny] = 0  # XLA:CPU reads subnormals as zero
-    return code_of(ours - base)
+def _plain_codes(
+    loaded: LoadedPiece, chosen: np.ndarray, inside: Sequence[np.ndarray]
+) -> list[np.ndarray]:
+    """Magnitude codes of entries of each expert's plain task vector, as XLA computes them: int64 [len(inside[i])].
+
+    Args:
+      chosen: elements of the piece. inside: for each expert, which of them.
+    """
+    base = _flushed(take(loaded.base, chosen))
+    codes = []
+    for expert, at in zip(loaded.experts, inside, strict=True):
+        ours = _flushed(take(expert, chosen[at]))
+        codes.append(code_of(ours - base[at]))
+    return codes
+
+
+def _flushed(array: np.ndarray) -> np.ndarray:
+    """In float32, with subnormal numbers as zero, as XLA:CPU reads them."""
+    array = to_float32(array)
+    array[np.abs(array) < np.finfo(np.float32).tiny] = 0
+    return array
 
 
 def gathered_codes(question: Question, loaded: LoadedPiece, chosen: np.ndarray) -> np.ndarray:
@@ -413,17 +489,19 @@ def _propose(
     mine: Sequence[Tensor],
 ) -> None:
     """Samples the inputs and proposes a bracket to every search. Every host samples the whole model alike."""
-    for scope, sampled in (("model", tensors), ("tensor", mine)):
-        asking = [s for s in surveys if s.method.trim_scope == scope]
-        if not asking:
-            continue
+    total = sum(tensor.size for tensor in tensors)
+    together: dict[tuple[str, frozenset[str]], list[MethodSurvey]] = {}
+    for each in surveys:
+        together.setdefault((each.method.trim_scope, each.paths), []).append(each)
+    for (scope, paths), asking in together.items():
+        sampled = [t for t in (tensors if scope == "model" else mine) if t.path in paths]
         codes: dict[tuple[int, str, int], list[np.ndarray]] = {}
-        for piece in _sample_pieces(sampled, whole_model=scope == "model"):
+        for piece in _sample_pieces(sampled, total, whole_model=scope == "model"):
             loaded = stream.load(piece, is_sample=True)
             every = np.arange(loaded.size)
             for number, survey in enumerate(asking):
                 if type(survey.method).vectors is TaskVectorMethod.vectors:
-                    found = [_plain_codes(loaded, i, every) for i in range(survey.experts)]
+                    found = _plain_codes(loaded, every, [every] * survey.experts)
                 else:
                     found = gathered_codes(survey.question(piece.tensor), loaded, every)
                 for i, row in enumerate(found):
@@ -439,10 +517,14 @@ def _propose(
             survey.forget()
 
 
-def _sample_pieces(tensors: Sequence[Tensor], *, whole_model: bool) -> Iterator[Piece]:
-    """Blocks of elements spread evenly over the model, or over each tensor; all of what is small."""
-    total = sum(tensor.size for tensor in tensors)
+def _sample_pieces(tensors: Sequence[Tensor], total: int, *, whole_model: bool) -> Iterator[Piece]:
+    """Blocks of elements spread evenly over the tensors taken together, or over each; all of what is small.
+
+    `total` is the size of the whole model, of which these may be a part.
+    """
     model_stride = total * SAMPLE_BLOCK // SAMPLE_ELEMENTS
+    if whole_model:
+        model_stride = min(model_stride, sum(t.size for t in tensors) // FEWEST_BLOCKS)
     position = 0  # of the next block, in elements from the tensor's start
     for tensor in tensors:
         stride = model_stride if whole_model else min(model_stride, tensor.size // 16)
@@ -474,26 +556,29 @@ def _survey_l1(
     def work(piece: Piece) -> tuple[str, list[list[list[int]]]]:
         loaded = stream.load(piece)
         every = np.arange(loaded.size)
+        covering = [s for s in surveys if s.covers(piece.tensor)]
         before = gathered_codes(Question(_PLAIN, Facts(), None), loaded, every)
         return piece.tensor.path, [
             [[exact_sum(before[i]), exact_sum(after[i])] for i in range(experts)]
             for after in (
-                gathered_codes(Question(s.method, Facts(), None), loaded, every) for s in surveys
+                gathered_codes(Question(s.method, Facts(), None), loaded, every) for s in covering
             )
         ]
 
     def take(result: tuple[str, list[list[list[int]]]]) -> None:
         path, found = result
-        total = sums.setdefault(path, [[[0, 0] for _ in range(experts)] for _ in surveys])
+        total = sums.setdefault(path, [[[0, 0] for _ in range(experts)] for _ in found])
         for of_method, more in zip(total, found, strict=True):
             for pair, add in zip(of_method, more, strict=True):
                 pair[0] += add[0]
                 pair[1] += add[1]
 
-    stream.run(stream.pieces(mine), work, take)
+    asked = [t for t in mine if any(s.covers(t) for s in surveys)]
+    stream.run(stream.pieces(asked), work, take)
     ratios = np.zeros((len(surveys), len(tensors), experts), np.float32)
     for path, of_methods in sums.items():
-        for m, pairs in enumerate(of_methods):
+        covering = [m for m, s in enumerate(surveys) if path in s.paths]
+        for m, pairs in zip(covering, of_methods, strict=True):
             ratios[m, number_of[path]] = l1_ratios(pairs)
     ratios = combine(ratios.view(np.uint32).astype(np.int64)).astype(np.uint32).view(np.float32)
     for survey, table in zip(surveys, ratios, strict=True):

@@ -2,11 +2,13 @@
 
 Each instruction that runs by itself, a fusion as one, reads its operands and writes its result. Of an operand that is
 only sliced or gathered from, what is taken counts, and of one that is updated in place, the update: a scan's turn reads one
-layer of a stacked array. What lies in on-chip memory counts nothing; a copy to it does. Loops count by their turns.
+layer of a stacked array. What a fusion hands on as it is counts nothing, and a collective that runs beside fusions moves
+its bytes where it starts. What lies in on-chip memory counts nothing; a copy to it does. Loops count by their turns.
 """
 
 from __future__ import annotations
 
+from merging.engine import collectives
 from merging.engine.hlo import Instruction, Module, Value
 
 # These move nothing: they name, group or steer.
@@ -39,6 +41,11 @@ def _of_instruction(module: Module, instruction: Instruction, computation: str) 
     instructions = module.computations[computation]
     if instruction.opcode == "custom-call" and not instruction.operands:
         return 0  # makes room, and writes nothing
+    if (
+        instruction.opcode == "fusion"
+        and "AsyncCollectiveDone" in _root(module, instruction).attributes
+    ):
+        return 0
     values = [instructions[name].result for name in instruction.operands if name in instructions]
     if instruction.opcode.endswith("-start"):
         return sum(_main_memory(value) for value in instruction.result)
@@ -80,7 +87,7 @@ def _read_by_users(module: Module, computation: str, value: Instruction) -> int:
                 continue
             if user.opcode == "bitcast":
                 total += _read_by_users(module, computation, user)
-            else:
+            elif user.opcode != "tuple" and not _is_handed_on(module, user, computation):
                 total += _read(module, user, operand, computation)
     return min(total, value.nbytes) if value.nbytes else total
 
@@ -97,6 +104,18 @@ def _written(module: Module, instruction: Instruction, computation: str) -> int:
     return in_memory
 
 
+def _root(module: Module, fusion: Instruction) -> Instruction:
+    (called,) = fusion.called
+    return module.root(called)
+
+
+def _is_handed_on(module: Module, instruction: Instruction, computation: str) -> bool:
+    """Whether a fusion has an array only to hand it on: one of its parameters, or a collective that it runs beside."""
+    root = module.root(computation)
+    is_kind = instruction.opcode == "parameter" or instruction.opcode in collectives.KINDS
+    return is_kind and root.opcode == "tuple" and instruction.name in root.operands
+
+
 def _written_by_root(module: Module, computation: str, root: Instruction) -> int:
     instructions = module.computations[computation]
     if root.opcode == "tuple":
@@ -107,7 +126,7 @@ def _written_by_root(module: Module, computation: str, root: Instruction) -> int
         return _written_by_root(module, computation, instructions[root.operands[0]])
     if root.opcode in ("dynamic-update-slice", "fusion"):
         return _written(module, root, computation)
-    return root.nbytes
+    return 0 if _is_handed_on(module, root, computation) else root.nbytes
 
 
 def _main_memory(value: Value) -> int:

@@ -116,11 +116,12 @@ class Decoder(nn.Module):
         tokens: Int[Array, "B T"],
         *,
         segment_ids: Int[Array, "B T"] | None = None,
+        shared_mask: Bool[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
         prefix_mask: Bool[Array, "B T"] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "B T d"]:
-        """The normed states that `readout` reads; the arguments are those of `__call__`."""
+        """The normed states that `readout` reads; the arguments are those of `__call__`, and `shared_mask` as in `row_mask`."""
         if positions is None:
             positions = jnp.arange(tokens.shape[1])[None]
         views = [
@@ -129,7 +130,9 @@ class Decoder(nn.Module):
                 row_mask(
                     tokens.shape[1],
                     segment_ids=segment_ids,
+                    shared_mask=shared_mask,
                     prefix_mask=prefix_mask,
+                    positions=positions,
                     window=window,
                 ),
             )
@@ -267,16 +270,18 @@ class Decoder(nn.Module):
 
 def logical_axes(model: Decoder) -> Any:
     """The tree of parameters, with a PartitionSpec of logical axis names in place of each array; nothing is allocated."""
-    return nn.get_partition_spec(_abstract(model))["params"]
+    return nn.get_partition_spec(boxed_params(model))
 
 
 def abstract_params(model: Decoder) -> Any:
     """The tree of parameters, with a ShapeDtypeStruct in place of each array; nothing is allocated."""
-    return nn.unbox(_abstract(model))["params"]
+    return nn.unbox(boxed_params(model))
 
 
-def _abstract(model: Decoder) -> Any:
-    return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+def boxed_params(model: Decoder) -> Any:
+    """The same, boxed with the names of their axes: what `partitioning.shardings` reads."""
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
 
 
 def _written(

@@ -6,23 +6,16 @@ that is not known here: it might change what the model computes.
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax.traverse_util
 from etils import epath
 
-from merging.checkpoints import boxes
 from merging.checkpoints.format import CheckpointError
-from merging.checkpoints.layout_reader import LayoutReader
 from merging.checkpoints.layouts import Layout, Rule
-from merging.checkpoints.safetensors import Reader
 from merging.checkpoints.safetensors_header import load_json, refuse, show
-from merging.models.config import DecoderConfig, Gemma3Config, LlamaConfig
-from merging.models.decoder import Decoder, abstract_params
-from merging.models.gated import Gemma3, Llama
+from merging.models.config import Gemma3Config, LlamaConfig
 
 
 def read_config(folder: epath.PathLike, **changes: Any) -> LlamaConfig | Gemma3Config:
@@ -53,39 +46,6 @@ def from_json(
         return config(**fields)
     except ValueError as error:
         raise CheckpointError(f"{where}: {error}") from error
-
-
-def model_of(config: DecoderConfig) -> Decoder:
-    """The model of a llama or gemma 3 configuration."""
-    return {LlamaConfig: Llama, Gemma3Config: Gemma3}[type(config)](config)
-
-
-def read_params(folder: epath.PathLike, config: LlamaConfig | Gemma3Config) -> Any:
-    """A folder's parameters as numpy arrays in our tree, in the configuration's `param_dtype`.
-
-    Raises CheckpointError where leaves are missing, left over, or of another shape.
-    """
-    with contextlib.closing(Reader(folder)) as stored:
-        reader = LayoutReader(stored, layout(config))
-        found = {name: spec.shape for name, spec in reader.specs().items()}
-        wanted = _shapes(config)
-        problems = [
-            f"{show(name)} is {list(found[name]) if name in found else 'missing'},"
-            f" wanted {list(wanted[name]) if name in wanted else 'none'}"
-            for name in sorted(found.keys() | wanted.keys())
-            if found.get(name) != wanted.get(name)
-        ]
-        refuse(reader.location, problems, "its config.json speaks of another model")
-        leaves = {
-            name: reader.read(name, boxes.whole(shape)).astype(config.parameter_dtype, copy=False)
-            for name, shape in wanted.items()
-        }
-    return flax.traverse_util.unflatten_dict(leaves, sep="/")
-
-
-def _shapes(config: LlamaConfig | Gemma3Config) -> dict[str, tuple[int, ...]]:
-    tree = flax.traverse_util.flatten_dict(abstract_params(model_of(config)), sep="/")
-    return {name: leaf.shape for name, leaf in tree.items()}
 
 
 def layout(config: LlamaConfig | Gemma3Config) -> Layout:

@@ -15,14 +15,15 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 
 class TokenScores(NamedTuple):
-    """Of each token: log p(target), and log Z = log sum exp(logits), float32."""
+    """Of each token: log p(target) and log Z = log sum exp(logits), float32; and whether no logit is above the target's."""
 
     log_probability: Float[Array, "B T"]
     log_z: Float[Array, "B T"]
+    is_likeliest: Bool[Array, "B T"]
 
 
 class LossSums(NamedTuple):
@@ -32,12 +33,14 @@ class LossSums(NamedTuple):
       loss: weighted cross entropy plus z-loss; over `weight` it is what training minimises.
       cross_entropy: weighted, in nats.
       z_loss: weighted, with its coefficient.
+      correct: weight of the tokens whose target is the likeliest.
       weight: of all tokens: the token count where weights are 0 and 1.
     """
 
     loss: Float[Array, ""]
     cross_entropy: Float[Array, ""]
     z_loss: Float[Array, ""]
+    correct: Float[Array, ""]
     weight: Float[Array, ""]
 
 
@@ -50,6 +53,7 @@ def loss_sums(scores: TokenScores, weights: Float[Array, "B T"], *, z_loss: floa
         loss=cross_entropy + z_sum,
         cross_entropy=cross_entropy,
         z_loss=z_sum,
+        correct=jnp.sum(jnp.where(scores.is_likeliest, weights, 0.0)),
         weight=jnp.sum(weights),
     )
 
@@ -99,7 +103,9 @@ def token_scores(
     most, total, chosen = carry
     log_z = most + jnp.log(total)
     known = (targets >= 0) & (targets < rows)
-    return TokenScores(jnp.where(known, chosen - log_z, -jnp.inf), log_z)
+    return TokenScores(
+        jnp.where(known, chosen - log_z, -jnp.inf), log_z, is_likeliest=known & (chosen >= most)
+    )
 
 
 def _logits(hidden: Float[Array, "B T d"], table: Float[Array, "V d"]) -> Float[Array, "B T V"]:

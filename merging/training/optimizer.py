@@ -1,12 +1,13 @@
-"""Optimizers as optax transformations: AdamW, and Adafactor as PaLM used it.
+"""Optimizers as optax transformations: AdamW, Adafactor as PaLM used it, and what goes around any optimizer.
 
-Both map over the tree of parameters, so their state is cut as the parameters are, and neither clips by the global norm,
+All map over the tree of parameters, so their state is cut as the parameters are, and none clips by the global norm,
 which the step does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from merging.paths import Stacked, of_tree_path
+from merging import partitioning
+from merging.paths import Stacked, is_like, of_tree_path
 
 LearningRate = float | Callable[[Int[Array, ""]], Float[Array, ""]]
 
@@ -85,6 +87,79 @@ def decays(params: Any) -> Any:
     return jax.tree.map_with_path(
         lambda path, _: of_tree_path(path).rpartition("/")[2] not in ("scale", "bias"), params
     )
+
+
+# ---- around an optimizer -------------------------------------------------------------------------------------------
+
+
+def freezing(
+    optimizer: optax.GradientTransformation, patterns: Sequence[str]
+) -> optax.GradientTransformation:
+    """The optimizer, without state or updates for the parameters that are like one of the patterns (`paths.is_like`)."""
+
+    def frozen(params: Any) -> Any:
+        return jax.tree.map_with_path(
+            lambda path, _: is_like(of_tree_path(path), patterns),
+            params,
+            is_leaf=partitioning.is_box,
+        )
+
+    def free(params: Any) -> Any:
+        return jax.tree.map(lambda is_frozen: not is_frozen, frozen(params))
+
+    return optax.chain(optax.masked(optimizer, free), optax.masked(optax.set_to_zero(), frozen))
+
+
+class Averaged(NamedTuple):
+    """Steps taken, the float32 average of the parameters, and the optimizer's own state."""
+
+    count: Int[Array, ""]
+    average: Any
+    inner: Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Averaging:
+    """How the weights of a run are averaged.
+
+    Attributes:
+      decay: of a running mean, decay * mean + (1 - decay) * weights at every step; None: all count alike.
+      start: steps before the first that counts; until then the average is the weights themselves.
+    """
+
+    decay: float | None = None
+    start: int = 0
+
+    def __post_init__(self) -> None:
+        if self.decay is not None and not 0 <= self.decay < 1:
+            raise ValueError(f"Averaging.decay is {self.decay}: it must be in [0, 1), or None")
+
+    def around(self, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+        """The optimizer, with the average in its state (`averaged_params`)."""
+
+        def init(params: Any) -> Averaged:
+            average = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params)
+            return Averaged(jnp.zeros((), jnp.int32), average, optimizer.init(params))
+
+        def update(updates: Any, state: Averaged, params: Any = None) -> tuple[Any, Averaged]:
+            updates, inner = optimizer.update(updates, state.inner, params)
+            counted = jnp.maximum(state.count + 1 - self.start, 1).astype(jnp.float32)
+            share = 1 / counted if self.decay is None else jnp.float32(1 - self.decay)
+            share = jnp.where(counted <= 1, 1.0, share)
+            average = jax.tree.map(
+                lambda a, p, u: a + share * (p.astype(jnp.float32) + u.astype(jnp.float32) - a),
+                state.average,
+                params,
+                updates,
+            )
+            return updates, Averaged(optax.safe_increment(state.count), average, inner)
+
+        return optax.GradientTransformation(init, update)
+
+
+def averaged_params(opt_state: Any) -> Any | None:
+    """The average that the state of an `Averaging` holds; None where there is none."""
+    return opt_state.average if isinstance(opt_state, Averaged) else None
 
 
 # ---- Adafactor's parts --------------------------------------------------------------------------------------------

@@ -19,8 +19,8 @@ from jax.sharding import Mesh
 
 from merging import partitioning
 from merging.engine.programs import Program
-from merging.evaluation.score import score
-from merging.models.decoder import Cache, Decoder
+from merging.evaluation.score import Choices, score
+from merging.models.decoder import Cache, Decoder, boxed_params
 from merging.training.batch import Batch
 from merging.training.step import init_state, train_step
 
@@ -33,7 +33,7 @@ class Work:
 
     Attributes:
       rows, length: of a batch that is trained on or scored, in rows and tokens a row.
-      prompts, prompt_length, new_tokens: of decoding, whose cache has room for both.
+      prompts, prompt_length, new_tokens: of decoding, whose cache has room for both; a scored row has new_tokens targets.
       microbatches, vocabulary_chunks: see `training.step.train_step`; scoring has the same chunks.
     """
 
@@ -71,13 +71,13 @@ def model_programs(
 
 def placed_params(model: Decoder, mesh: Mesh) -> Any:
     """The model's parameters as ShapeDtypeStructs with their shardings."""
-    return _placed(_boxed_params(model), mesh)
+    return _placed(boxed_params(model), mesh)
 
 
 def _train(
     model: Decoder, mesh: Mesh, work: Work, optimizer: optax.GradientTransformation
 ) -> Program:
-    boxed = jax.eval_shape(lambda params: init_state(params, optimizer), _boxed_params(model))
+    boxed = jax.eval_shape(lambda params: init_state(params, optimizer), boxed_params(model))
     state, batch = _placed(boxed, mesh), _rows(_batch(work), mesh)
     step = functools.partial(
         train_step,
@@ -95,7 +95,10 @@ def _train(
 
 def _score(model: Decoder, mesh: Mesh, work: Work) -> Program:
     step = functools.partial(score, model, vocabulary_chunks=work.vocabulary_chunks)
-    arguments = placed_params(model, mesh), _rows(_batch(work), mesh)
+    tokens = jax.ShapeDtypeStruct((work.rows, work.length), jnp.int32)
+    targets = jax.ShapeDtypeStruct((work.rows, work.new_tokens), jnp.int32)
+    rows = Choices(tokens, tokens, tokens, reads=targets, targets=targets)
+    arguments = placed_params(model, mesh), _rows(rows, mesh)
     return _program("score", mesh, jax.jit(step), arguments, tokens=work.rows * work.length)
 
 
@@ -151,13 +154,6 @@ def _program(
 # ---- shapes and shardings -----------------------------------------------------------------------------------------
 
 
-def _boxed_params(model: Decoder) -> Any:
-    """The model's parameters as ShapeDtypeStructs, boxed with the names of their axes."""
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))[
-        "params"
-    ]
-
-
 def _batch(work: Work) -> Batch:
     """Packed sequences."""
     shape = (work.rows, work.length)
@@ -176,7 +172,7 @@ def _cache(model: Decoder, work: Work) -> Cache:
         lengths = jnp.ones((work.prompts,), jnp.int32)
         return model.apply({"params": params}, tokens, lengths, room, method="prefill")[1]
 
-    return jax.eval_shape(prefill, nn.unbox(_boxed_params(model)))
+    return jax.eval_shape(prefill, nn.unbox(boxed_params(model)))
 
 
 def _placed(boxed: Any, mesh: Mesh) -> Any:

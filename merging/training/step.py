@@ -6,6 +6,7 @@ that goes on from a checkpoint repeats what an unbroken one would have done, on 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from merging import paths
 from merging.models.decoder import Decoder
 from merging.training.batch import Batch, batch_scores
 from merging.training.loss import LossSums, loss_sums
@@ -39,17 +41,21 @@ class Metrics(NamedTuple):
       loss: per weight, z-loss included.
       cross_entropy: per weight, in nats.
       z_loss: per weight.
+      accuracy: the weight's share whose target is the likeliest token.
       weight: of the batch, a count of target tokens where weights are 0 and 1.
       gradient_norm: global, before clipping.
       update_norm: global.
+      first_bad: int32, the first leaf of the parameters, by its number, whose gradient is not finite; else -1.
     """
 
     loss: Float[Array, ""]
     cross_entropy: Float[Array, ""]
     z_loss: Float[Array, ""]
+    accuracy: Float[Array, ""]
     weight: Float[Array, ""]
     gradient_norm: Float[Array, ""]
     update_norm: Float[Array, ""]
+    first_bad: Int[Array, ""]
 
 
 def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
@@ -68,6 +74,7 @@ def train_step(
     clip_norm: float | None = 1.0,
     microbatches: int = 1,
     vocabulary_chunks: int = 1,
+    frozen: Sequence[str] = (),
 ) -> tuple[TrainState, Metrics]:
     """One step; to be jitted with the state donated.
 
@@ -78,6 +85,8 @@ def train_step(
       seed: int32, of dropout.
       clip_norm: the gradient's global norm is at most this; None: not clipped.
       vocabulary_chunks: see `loss.token_scores`.
+      frozen: patterns of parameters (`paths.is_like`) that have no gradient; an optimizer may yet move them (see
+        `optimizer.freezing`).
 
     Returns:
       The next state, and metrics. A batch of weight 0 gives a gradient of 0.
@@ -85,6 +94,7 @@ def train_step(
     key = jax.random.fold_in(jax.random.key(seed), state.step)
 
     def loss(params: Any, part: Batch, number: Array) -> tuple[Array, LossSums]:
+        params = _without_gradient(params, frozen) if frozen else params
         has_dropout = model.config.dropout_rate > 0
         rng = jax.random.fold_in(key, number) if has_dropout else None
         scores = batch_scores(
@@ -95,7 +105,8 @@ def train_step(
 
     gradients, sums = accumulated(loss, state.params, batch, microbatches=microbatches)
     per_weight = 1.0 / jnp.maximum(sums.weight, jnp.finfo(jnp.float32).tiny)
-    gradient_norm = optax.tree.norm(gradients) * per_weight
+    squares = jnp.stack([jnp.sum(jnp.square(g)) for g in jax.tree.leaves(gradients)])
+    gradient_norm = jnp.sqrt(jnp.sum(squares)) * per_weight
     factor = per_weight
     if clip_norm is not None:
         factor = factor * jnp.minimum(1.0, clip_norm / jnp.maximum(gradient_norm, 1e-30))
@@ -106,9 +117,11 @@ def train_step(
         loss=sums.loss * per_weight,
         cross_entropy=sums.cross_entropy * per_weight,
         z_loss=sums.z_loss * per_weight,
+        accuracy=sums.correct * per_weight,
         weight=sums.weight,
         gradient_norm=gradient_norm,
         update_norm=optax.tree.norm(updates),
+        first_bad=_first(~jnp.isfinite(squares)),
     )
     return TrainState(state.step + 1, params, opt_state), metrics
 
@@ -135,6 +148,20 @@ def accumulated(
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
     total, _ = jax.lax.scan(add, nothing, (parts, jnp.arange(microbatches, dtype=jnp.int32)))
     return total
+
+
+def _without_gradient(params: Any, frozen: Sequence[str]) -> Any:
+    return jax.tree.map_with_path(
+        lambda path, p: (
+            jax.lax.stop_gradient(p) if paths.is_like(paths.of_tree_path(path), frozen) else p
+        ),
+        params,
+    )
+
+
+def _first(true: Array) -> Array:
+    """The number of the first true entry; -1 where there is none."""
+    return jnp.where(jnp.any(true), jnp.argmax(true), -1).astype(jnp.int32)
 
 
 def _float32(tree: Any) -> Any:

@@ -30,10 +30,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from merging.evaluation.score import score
 from merging.models.gated import Llama
 from merging.models.huggingface import read_config
-from merging.training.batch import Batch
+from merging.training.batch import Batch, batch_scores
+from merging.training.loss import loss_sums
 from merging.training.optimizer import adamw
 from merging.training.step import init_state, train_step
 
@@ -114,7 +114,7 @@ def serve(make: Callable[..., Passes], arguments: argparse.Namespace) -> None:
 
 
 def ours(checkpoint: pathlib.Path, layers: int | None, dtype: str, tokens: np.ndarray) -> Passes:
-    """This project's train step and scoring step."""
+    """This project's train step, and the loss that it starts with."""
     changes = {} if layers is None else {"num_layers": layers}
     model = Llama(read_config(checkpoint, dtype=dtype, param_dtype=dtype, **changes))
     optimizer = adamw(LEARNING_RATE)
@@ -129,7 +129,12 @@ def ours(checkpoint: pathlib.Path, layers: int | None, dtype: str, tokens: np.nd
 
     params = jax.jit(params_of_seed_0)()
     state = jax.jit(lambda: init_state(params_of_seed_0(), optimizer))()
-    forward = jax.jit(functools.partial(score, model))
+
+    @jax.jit
+    def forward(params: Any, batch: Batch) -> jax.Array:
+        sums = loss_sums(batch_scores(model, params, batch), batch.weights, z_loss=0.0)
+        return sums.loss / sums.weight
+
     step = jax.jit(
         functools.partial(train_step, model=model, optimizer=optimizer), donate_argnums=0
     )

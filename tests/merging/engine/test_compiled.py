@@ -14,7 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from merging.checkpoints.format import LeafSpec
 from merging.engine import resident, step
-from merging.engine.compiled import Collective, Program, figures
+from merging.engine.collectives import Collective
+from merging.engine.compiled import Program, figures
 from merging.engine.programs import COUNTS, merge_programs, whole_leaf
 from merging.engine.programs import Program as Compilable
 from merging.methods import METHODS
@@ -76,7 +77,7 @@ ENTRY %main (p: u32[5,10], q: u32[5,10]) -> u32[5] {
 """
 
 LOOP = """\
-HloModule scanned
+HloModule scanned, replica_count=2, num_partitions=2
 
 %body (state: (s32[], f32[8])) -> (s32[], f32[8]) {
   %state = (s32[], f32[8]{0}) parameter(0)
@@ -84,7 +85,7 @@ HloModule scanned
   %x = f32[8]{0} get-tuple-element(%state), index=1
   %one = s32[] constant(1)
   %next = s32[] add(%i, %one)
-  %all-gather-start = (f32[8]{0}, f32[32]{0}) all-gather-start(%x), dimensions={0}
+  %all-gather-start = (f32[8]{0}, f32[32]{0}) all-gather-start(%x), replica_groups={}, dimensions={0}
   %all-gather-done = f32[32]{0} all-gather-done(%all-gather-start)
   %part = f32[8]{0} slice(%all-gather-done), slice={[0:8]}
   %tanh.1 = f32[8]{0} tanh(%part)
@@ -107,6 +108,84 @@ ENTRY %main (x0: f32[8]) -> (s32[], f32[8]) {
 """
 
 
+# As TPU's compiler writes them: a gather of a weight of 4 parts of 2 rows, beside a product; its start and its end are
+# fusions too. And an all-reduce of which each device keeps its part.
+BESIDE = """\
+HloModule beside, is_scheduled=true, num_partitions=8
+
+%begin (p.0: bf16[2,16]) -> (bf16[2,16], bf16[8,16], u32[]) {
+  %p.0 = bf16[2,16]{1,0} parameter(0)
+  %gather.0 = bf16[8,16]{1,0} all-gather(%p.0), channel_id=5, replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}
+  ROOT %started = (bf16[2,16]{1,0}, bf16[8,16]{1,0}, u32[]{:S(2)}) custom-call(%gather.0), custom_call_target="AsyncCollectiveStart"
+}
+
+%beside (p.1: bf16[2,16], p.2: bf16[8,16], p.3: u32[], p.4: f32[4,8]) -> (f32[4,8], bf16[2,16], bf16[8,16], bf16[8,16], u32[]) {
+  %p.1 = bf16[2,16]{1,0} parameter(0)
+  %p.2 = bf16[8,16]{1,0} parameter(1)
+  %p.3 = u32[]{:S(2)} parameter(2)
+  %p.4 = f32[4,8]{1,0} parameter(3)
+  %tanh.1 = f32[4,8]{1,0} tanh(%p.4)
+  %gather.1 = bf16[8,16]{1,0} all-gather(%p.1), channel_id=5, replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}
+  ROOT %t.1 = (f32[4,8]{1,0}, bf16[2,16]{1,0}, bf16[8,16]{1,0}, bf16[8,16]{1,0}, u32[]{:S(2)}) tuple(%tanh.1, %p.1, %p.2, %gather.1, %p.3)
+}
+
+%end (p.5: bf16[2,16], p.6: bf16[8,16], p.7: u32[]) -> bf16[8,16] {
+  %p.5 = bf16[2,16]{1,0} parameter(0)
+  %gather.2 = bf16[8,16]{1,0} all-gather(%p.5), channel_id=5, replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}
+  %p.6 = bf16[8,16]{1,0} parameter(1)
+  %p.7 = u32[]{:S(2)} parameter(2)
+  ROOT %ended = bf16[8,16]{1,0} custom-call(%p.5, %p.6, %gather.2, %p.7), custom_call_target="AsyncCollectiveDone"
+}
+
+%all-reduce-scatter (p.8: f32[4,8]) -> f32[1,8] {
+  %p.8 = f32[4,8]{1,0} parameter(0)
+  %all-reduce.1 = f32[4,8]{1,0} all-reduce(%p.8), channel_id=6, replica_groups={{0,2,4,6},{1,3,5,7}}, to_apply=%sum
+  %me = u32[] partition-id()
+  %zero = u32[] constant(0)
+  ROOT %mine = f32[1,8]{1,0} dynamic-slice(%all-reduce.1, %me, %zero), dynamic_slice_sizes={1,8}
+}
+
+ENTRY %main (shard: bf16[2,16], x: f32[4,8]) -> (bf16[8,16], f32[1,8], f32[4,8]) {
+  %shard = bf16[2,16]{1,0} parameter(0)
+  %x = f32[4,8]{1,0} parameter(1)
+  %start = (bf16[2,16]{1,0}, bf16[8,16]{1,0}, u32[]{:S(2)}) fusion(%shard), kind=kCustom, calls=%begin
+  %s.0 = bf16[2,16]{1,0} get-tuple-element(%start), index=0
+  %s.1 = bf16[8,16]{1,0} get-tuple-element(%start), index=1
+  %s.2 = u32[]{:S(2)} get-tuple-element(%start), index=2
+  %middle = (f32[4,8]{1,0}, bf16[2,16]{1,0}, bf16[8,16]{1,0}, bf16[8,16]{1,0}, u32[]{:S(2)}) fusion(%s.0, %s.1, %s.2, %x), kind=kOutput, calls=%beside
+  %m.0 = f32[4,8]{1,0} get-tuple-element(%middle), index=0
+  %m.1 = bf16[2,16]{1,0} get-tuple-element(%middle), index=1
+  %m.2 = bf16[8,16]{1,0} get-tuple-element(%middle), index=2
+  %m.4 = u32[]{:S(2)} get-tuple-element(%middle), index=4
+  %done = bf16[8,16]{1,0} fusion(%m.1, %m.2, %m.4), kind=kCustom, calls=%end
+  %scattered = f32[1,8]{1,0} fusion(%m.0), kind=kCustom, calls=%all-reduce-scatter
+  %max = f32[4,8]{1,0} all-reduce(%m.0), channel_id=7, replica_groups=mesh['x'=4,'y'=2] {'y'}, to_apply=%sum
+  ROOT %all = (bf16[8,16]{1,0}, f32[1,8]{1,0}, f32[4,8]{1,0}) tuple(%done, %scattered, %max)
+}
+"""
+
+
+def test_a_collective_beside_fusions_is_one_and_one_that_keeps_a_slice_scatters():
+    program = Program(BESIDE)
+    weight, sums = 8 * 16 * 2, 4 * 8 * 4
+    assert program.collectives == {
+        "all-gather": one(weight, sent=weight * 3 // 4, dtype="bf16"),
+        "all-reduce": one(
+            sums, sent=sums, dtype="f32"
+        ),  # two devices: each sends half of it, twice
+        "reduce-scatter": one(sums, sent=sums * 3 // 4, dtype="f32"),
+    }
+
+
+def test_a_collective_beside_fusions_moves_its_bytes_once():
+    part, weight, sums = 2 * 16 * 2, 8 * 16 * 2, 4 * 8 * 4
+    gathered, through_tanh, scattered, reduced = part + weight, 2 * sums, sums + sums // 4, 2 * sums
+    handed_on = part  # among what the start gives
+    assert (
+        Program(BESIDE).bytes_touched == gathered + handed_on + through_tanh + scattered + reduced
+    )
+
+
 def test_what_is_in_fusions_counts_and_moves_do_not():
     program = Program(FUSIONS)
     assert program.argument_bytes == 6 * 4 * 2 + 4
@@ -120,7 +199,7 @@ def test_a_reduction_counts_what_it_applies_to_each_element():
     program = Program(REDUCTIONS)
     assert program.operations == 2 * 50
     assert program.collectives == {
-        "all-reduce": Collective(count=1, nbytes=40, largest_bytes=20, dtypes=("u32",))
+        "all-reduce": one(40, sent=2 * 40 * 7 // 8, largest=20, dtype="u32")
     }
     assert program.argument_bytes == 400
     assert program.output_bytes == 20
@@ -131,9 +210,19 @@ def test_a_loop_counts_as_often_as_it_runs_and_an_asynchronous_collective_once()
     assert program.loops == 1
     assert program.operations == 10 * (1 + 8 + 1)
     assert program.collectives == {
-        "all-gather": Collective(count=10, nbytes=10 * 32 * 4, largest_bytes=128, dtypes=("f32",))
+        "all-gather": one(10 * 32 * 4, sent=10 * 24 * 4, largest=128, count=10, dtype="f32")
     }
     assert program.output_bytes == 4 + 32
+
+
+def one(nbytes: int, *, sent: int, dtype: str, largest: int | None = None, count: int = 1):
+    return Collective(
+        count=count,
+        nbytes=nbytes,
+        sent_bytes=sent,
+        largest_bytes=nbytes if largest is None else largest,
+        dtypes=(dtype,),
+    )
 
 
 @pytest.mark.parametrize(
@@ -163,9 +252,7 @@ def test_figures_of_a_program_compiled_here():
     found = figures(jax.jit(lambda x: (x + 1, jnp.sum(x))).lower(x).compile(), compile_seconds=2.0)
     assert found.argument_bytes == 8 * 32 * 4
     assert found.output_bytes == 8 * 32 * 4 + 4
-    assert found.collectives == {
-        "all-reduce": Collective(count=1, nbytes=4, largest_bytes=4, dtypes=("f32",))
-    }
+    assert found.collectives == {"all-reduce": one(4, sent=7, dtype="f32")}
     assert 2 * 256 <= found.operations <= 2 * 256 + 32
     assert found.traffic >= 1
     assert found.memory_bytes >= found.argument_bytes + found.output_bytes

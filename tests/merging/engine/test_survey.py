@@ -11,7 +11,15 @@ import pytest
 from hypothesis import strategies as st
 
 from merging.checkpoints.format import LeafSpec
-from merging.engine.packed import count_bits, nonzero_in_any
+from merging.engine.packed import (
+    IN_A_WORD,
+    count,
+    counted_bit,
+    found_bit,
+    has_alarm,
+    pack,
+    with_any_found,
+)
 from merging.engine.pieces import Piece, piece_at, pieces_of, tensors_of
 from merging.engine.survey import Votes, exact_sum, l1_ratios
 from merging.kernels.magnitude import (
@@ -29,17 +37,26 @@ def codes_of(x: np.ndarray | np.float32) -> np.ndarray:
     return np.asarray(magnitude_to_code(jnp.asarray(x)))
 
 
-@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 1000])
-def test_bits_are_counted(size: int):
-    field = np.random.default_rng(size).integers(0, 256, size).astype(np.uint8)
-    assert count_bits(field, 8) == [int(((field >> i) & 1).sum()) for i in range(8)]
-
-
-@pytest.mark.parametrize("size", [0, 1, 8, 1003])
-def testnonzero_in_any_byte(size: int):
+@pytest.mark.parametrize("counted", [2, 10, 12, 13, 30])
+@pytest.mark.parametrize("size", [1, 255, 256, 1003])
+def test_packed_bits_are_counted_and_found(size: int, counted: int):
     rng = np.random.default_rng(size)
-    fields = [(rng.random(size) < 0.01).astype(np.uint8) * 9 for _ in range(2)]
-    np.testing.assert_array_equal(nonzero_in_any(fields), np.flatnonzero(fields[0] | fields[1]))
+    bits, inside = rng.random((counted, size)) < 0.5, rng.random((counted - 2, size)) < 0.02
+    alarm = np.zeros(size, bool)
+    words = [np.asarray(word) for word in pack(list(bits), list(inside), alarm=jnp.asarray(alarm))]
+    assert len(words) == -(-counted // IN_A_WORD)
+    assert count(words, counted).tolist() == bits.sum(axis=1).tolist()
+    chosen = with_any_found(words)
+    np.testing.assert_array_equal(chosen, np.flatnonzero(inside.any(axis=0)))
+    for i, row in enumerate(inside):
+        flags = words[i // IN_A_WORD][chosen] & found_bit(i) != 0
+        np.testing.assert_array_equal(chosen[flags], np.flatnonzero(row))
+    for i, row in enumerate(bits):
+        flags = words[i // IN_A_WORD] & counted_bit(i) != 0
+        np.testing.assert_array_equal(flags, row)
+    assert not has_alarm(words)
+    alarm[-1] = True
+    assert has_alarm([np.asarray(word) for word in pack(list(bits), alarm=jnp.asarray(alarm))])
 
 
 def test_exact_sum_is_exact():

@@ -7,6 +7,7 @@ import pathlib
 from typing import Any
 
 import flax.traverse_util
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -15,7 +16,12 @@ from merging.checkpoints.format import CheckpointError
 from merging.checkpoints.layout_reader import arranged
 from merging.models import huggingface
 from merging.models.config import DecoderConfig
+from merging.models.families import model_of
+from merging.models.parameters import read_params
+from merging.partitioning import MeshShape
 from tests.merging.models import families
+
+ONE_DEVICE = MeshShape().mesh(jax.devices()[:1])
 
 LLAMA = {
     "model_type": "llama",
@@ -195,7 +201,7 @@ def saved(folder: pathlib.Path, values: dict[str, Any], leaves: dict[str, np.nda
 
 
 def leaves_of(config: DecoderConfig) -> dict[str, np.ndarray]:
-    ours = flat(families.params_of(huggingface.model_of(config)))
+    ours = flat(families.params_of(model_of(config)))
     return {
         name: leaf.astype(ml_dtypes.bfloat16)
         for name, leaf in arranged(huggingface.layout(config).inverse(), ours).items()
@@ -207,7 +213,7 @@ def test_a_folder_is_read_in_the_dtype_that_is_wanted(tmp_path: pathlib.Path):
     saved(tmp_path, LLAMA, leaves)
     for dtype in ("float32", "bfloat16"):
         config = huggingface.read_config(tmp_path, param_dtype=dtype)
-        params = flat(huggingface.read_params(tmp_path, config))
+        params = flat(read_params(tmp_path, config, ONE_DEVICE))
         wanted = arranged(huggingface.layout(config), leaves)
         same_bits(params, {k: v.astype(config.parameter_dtype) for k, v in wanted.items()})
 
@@ -233,5 +239,5 @@ def test_leaves_that_are_not_the_models_are_told(
             leaves[name] = np.zeros(shape, np.float32)
     saved(tmp_path, LLAMA, leaves)
     with pytest.raises(CheckpointError) as error:
-        huggingface.read_params(tmp_path, huggingface.read_config(tmp_path))
+        read_params(tmp_path, huggingface.read_config(tmp_path), ONE_DEVICE)
     assert told in str(error.value)

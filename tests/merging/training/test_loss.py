@@ -24,7 +24,7 @@ def plain(hidden, table, targets) -> TokenScores:
     """By jax's own softmax in float32."""
     logits = SCALE * jnp.einsum("btd,vd->btv", hidden, table)
     chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
-    return TokenScores(chosen, jax.nn.logsumexp(logits, -1))
+    return TokenScores(chosen, jax.nn.logsumexp(logits, -1), jnp.argmax(logits, -1) == targets)
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 3, 8, 24])
@@ -66,9 +66,11 @@ def test_a_target_outside_the_vocabulary_scores_minus_infinity_and_may_be_left_o
 
 
 def test_sums_are_weighted_and_z_loss_is_apart():
-    scores = TokenScores(jnp.array([[-1.0, -2.0]]), jnp.array([[3.0, 5.0]]))
+    scores = TokenScores(
+        jnp.array([[-1.0, -2.0]]), jnp.array([[3.0, 5.0]]), jnp.array([[False, True]])
+    )
     sums = loss_sums(scores, jnp.array([[1.0, 0.5]]), z_loss=0.1)
-    np.testing.assert_allclose(sums, (2.0 + 2.15, 2.0, 2.15, 1.5), rtol=1e-6)
+    np.testing.assert_allclose(sums, (2.0 + 2.15, 2.0, 2.15, 0.5, 1.5), rtol=1e-6)
 
 
 def test_chunks_that_do_not_divide_are_refused():

@@ -1,0 +1,230 @@
+r"""Scores models on tasks: ranked choices, generated answers, losses.
+
+  python -m launch.evaluate --gin_file=gin_configs/runs/evaluate.gin --gin.INITIAL_CHECKPOINT_PATH='"/data/expert"' \
+    --gin.MIXTURE_OR_TASK_NAME='"held_out_mini"' --gin.OUTPUT_DIR='"/data/scores"'
+
+The same, in short:
+  python -m launch.evaluate --checkpoint=/data/expert --tasks=held_out_mini --output=/data/scores
+
+Several models, a sample of the examples, and each example on disk:
+  python -m launch.evaluate --checkpoint=/data/a,/data/b --tasks=held_in_mini,held_out_mini --output=/data/scores \
+    --gin.LIMIT=100 --gin.WRITE_EXAMPLES=True
+
+gin_configs/runs/evaluate.gin lists the macros, and --dry_run prints the plan. A run that was ended goes on by the same command.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from absl import flags, logging
+
+from launch import command, devices, gin_config
+from launch.progress import Evaluating
+
+if TYPE_CHECKING:  # the library brings jax, which --help does without
+    from merging.evaluate import Report
+    from merging.evaluation.collect import Score
+
+RUN_FILE = "gin_configs/runs/evaluate.gin"
+
+flags.adopt_module_key_flags(gin_config)
+flags.adopt_module_key_flags(devices)
+
+CHECKPOINT = flags.DEFINE_list(
+    "checkpoint", None, "Folders, with commas between; short for --gin.CHECKPOINTS."
+)
+TASKS = flags.DEFINE_list(
+    "tasks",
+    None,
+    "Mixtures or tasks, with commas between; short for --gin.MIXTURE_OR_TASK_NAME.",
+)
+OUTPUT = flags.DEFINE_string("output", None, "Folder to be made; short for --gin.OUTPUT_DIR.")
+
+
+def main(joined: devices.Processes) -> None:
+    """Evaluates as the flags say."""
+    files, bindings = gin_config.shorthand(
+        {
+            "CHECKPOINTS": CHECKPOINT.value,
+            "MIXTURE_OR_TASK_NAME": TASKS.value,
+            "OUTPUT_DIR": OUTPUT.value,
+        },
+        gin_config.GIN_FILE.value,
+        run_file=RUN_FILE,
+    )
+    bindings += gin_config.GIN_BINDINGS.value
+    resolved = configured(files, bindings, search_paths=gin_config.GIN_SEARCH_PATHS.value)
+    evaluate(resolved, joined, is_dry_run=gin_config.DRY_RUN.value)
+
+
+def configured(
+    files: Sequence[str], bindings: Sequence[str], *, search_paths: Sequence[str] = (".",)
+) -> gin_config.Resolved:
+    """What gin files and bindings say: arguments of the stage, of its examples and of the tasks, under these names."""
+    import tasks
+    from launch.evaluation import Examples
+    from merging.models.config import Gemma3Config, LlamaConfig, PalmConfig, named
+    from merging.partitioning import MeshShape
+
+    gin_config.register(settings, name="evaluate")
+    gin_config.register(Examples, name="examples")
+    gin_config.register(tasks.register, name="register")
+    gin_config.register_values(named, PalmConfig, LlamaConfig, Gemma3Config, MeshShape)
+    gin_config.parse(
+        files,
+        bindings,
+        search_paths=search_paths,
+        either={"INITIAL_CHECKPOINT_PATH": "CHECKPOINTS"},
+    )
+    arguments: dict[str, Any] = {
+        "tasks": gin_config.resolve(tasks.register, name="register").arguments,
+        "examples": Examples(**gin_config.resolve(Examples, name="examples").arguments),
+    }
+    resolved = gin_config.resolve(settings, name="evaluate")
+    arguments["settings"] = settings(**resolved.arguments)
+    return gin_config.Resolved(arguments=arguments, text=resolved.text)
+
+
+def settings(
+    output_dir: str,
+    initial_checkpoint_path: str | None = None,
+    checkpoints: Sequence[str] | Mapping[str, str] | None = None,
+    model: Any = None,
+    params_path: str | None = None,
+    mesh: Any = None,
+    dtype: str | None = None,
+    param_dtype: str | None = None,
+    normalization: str = "sum",
+    row_length: int = 2_048,
+    batch_tokens: int = 4_096,
+    shapes: int = 4,
+    vocabulary_chunks: int = 1,
+    prefix_lm: bool | None = None,
+    write_examples: bool = False,
+) -> Any:
+    """The stage's settings, with a name for each checkpoint: that of its folder, where none was given."""
+    from merging.evaluate import Settings
+
+    given = dict(locals())
+    for name in ("initial_checkpoint_path", "checkpoints", "Settings"):
+        del given[name]
+    if (initial_checkpoint_path is None) == (checkpoints is None):
+        raise ValueError("give INITIAL_CHECKPOINT_PATH, or CHECKPOINTS, and not both")
+    return Settings(
+        checkpoints=named_checkpoints(checkpoints or [initial_checkpoint_path]), **given
+    )
+
+
+def named_checkpoints(checkpoints: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
+    """Each folder by its name. Raises ValueError for two of one name."""
+    if isinstance(checkpoints, Mapping):
+        return dict(checkpoints)
+    found = {pathlib.PurePosixPath(path).name: path for path in checkpoints}
+    if len(found) < len(checkpoints):
+        raise ValueError(
+            f"two of the folders {', '.join(checkpoints)} have one name: give CHECKPOINTS as {{name: folder}}"
+        )
+    return found
+
+
+def evaluate(
+    resolved: gin_config.Resolved, joined: devices.Processes, *, is_dry_run: bool = False
+) -> Report | None:
+    """Prints configuration and plan, evaluates, and prints the scores; returns the report, None after a dry run."""
+    from launch.evaluation import evaluation_tasks
+    from merging import evaluate as stage
+
+    if logging.get_verbosity() == logging.INFO:
+        logging.set_verbosity(logging.WARNING)  # seqio tells of every dataset that it caches
+    asked = resolved.arguments["settings"]
+    registered = with_vocabulary(resolved.arguments["tasks"], asked)
+    tasks, identity = evaluation_tasks(resolved.arguments["examples"], registered)
+    planned = stage.plan(asked, tasks, tasks_identity=identity)
+    is_shown = joined.index == 0
+    if is_shown:
+        print(f"{resolved.text}\n{planned.describe()}\n", flush=True)
+    if is_dry_run:
+        return None
+    gc.freeze()  # what imports made stays out of the collector's way
+    shown = Evaluating(models=len(planned.configs), is_shown=is_shown)
+    report = stage.run(planned, config_text=resolved.text, progress=shown, log=shown.log)
+    if is_shown:
+        print(described(report, planned), flush=True)
+    return report
+
+
+def with_vocabulary(registered: Mapping[str, Any], asked: Any) -> dict[str, Any]:
+    """The arguments of `tasks.register`; a vocabulary that was not named is the first model's, where it lies beside it as a file."""
+    from etils import epath
+
+    from merging.checkpoints.format import CheckpointError
+    from merging.models import model_file
+
+    registered = dict(registered)
+    if registered.get("vocabulary") is None:
+        folder = epath.Path(next(iter(asked.checkpoints.values())))
+        try:
+            known = model_file.describe(folder).vocabulary
+        except CheckpointError:
+            known = None  # a foreign checkpoint, whose MODEL was given
+        if known is not None and known.path is not None:
+            registered["vocabulary"] = str(known.path)
+    return registered
+
+
+# ---- the table ----------------------------------------------------------------------------------------------------
+
+
+def described(report: Report, planned: Any) -> str:
+    """The scores in a table, a line for each model, task and metric; over several prompts the mean and their spread."""
+    from launch.tasks import table
+
+    rows = [
+        ["model", "task", "metric", "score", "stderr", "prompts", "spread", "chance", "examples"]
+    ]
+    groups: dict[tuple[str, str, str], list[Score]] = {}
+    for score in report.scores:
+        groups.setdefault((score.model, score.task, score.metric), []).append(score)
+    for (model, task, metric), scores in groups.items():
+        values = [score.value for score in scores]
+        n = len(values)
+        mean = sum(values) / n
+        spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1)) if n > 1 else None
+        stderr = math.sqrt(sum(score.stderr**2 for score in scores)) / n
+        chance = scores[0].chance
+        rows.append(
+            [
+                model,
+                task,
+                metric,
+                f"{mean:.4f}",
+                "" if math.isnan(stderr) else f"{stderr:.4f}",
+                str(n),
+                "" if spread is None else f"{spread:.4f}",
+                "" if chance is None else f"{chance:.4f}",
+                f"{sum(score.count for score in scores):,}",
+            ]
+        )
+    told = "\n".join(table(rows))
+    if report.was_done:
+        return f"{told}\nNothing to do: {planned.settings.output_dir} holds these scores already."
+    rate = report.examples / report.seconds if report.seconds else 0
+    lines = [
+        told,
+        f"{report.examples:,} examples in {report.seconds:.1f} s ({rate:,.0f}/s, compiling and reading included),"
+        f" to {planned.settings.output_dir}",
+    ]
+    if report.ties:
+        lines.append(
+            f"{report.ties:,} examples had several best choices of equal score: the first of them counts"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,299 @@
+"""The evaluate stage: models from disk, one after another through one evaluator, and their scores to disk.
+
+The output holds scores.jsonl and, where asked for, every example; it has its name when all is there. A run that was ended goes on
+behind the last task that was whole: the lines are then those of a run that was not, but for the seconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from etils import epath
+
+from merging import manifest
+from merging.checkpoints import open_checkpoint
+from merging.engine import hosts
+from merging.evaluation.collect import SCORES, Result, Score, ScoresFile, write_examples
+from merging.evaluation.evaluator import Evaluator, Options
+from merging.evaluation.examples import Task
+from merging.models import model_file
+from merging.models.config import DecoderConfig
+from merging.models.families import family_of, model_of
+from merging.models.parameters import as_model, read_params
+from merging.partitioning import MeshShape
+
+# Padded tokens of one model after which its scores so far are put on disk, at the next end of a task.
+SAVE_TOKENS = 4_000_000
+
+# (what is evaluated, examples done, of how many)
+Progress = Callable[[str, int, int], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What to evaluate and how.
+
+    Attributes:
+      output_dir: folder to be made.
+      checkpoints: folder of each model by the id that its scores have.
+      model: configuration of all of them; None: each checkpoint says it.
+      params_path: where the parameters are in a train state.
+      mesh: how devices are used; None: all of them along the data axis.
+      dtype, param_dtype: of activations, and of parameters in memory; None: as the configuration has them.
+      normalization, row_length, batch_tokens, shapes, vocabulary_chunks: see `evaluator.Options`.
+      prefix_lm: prompts see themselves in both directions; None: where the model is PaLM, as it is trained here.
+      write_examples: every example with its prediction too.
+    """
+
+    output_dir: epath.PathLike
+    checkpoints: Mapping[str, epath.PathLike]
+    model: DecoderConfig | None = None
+    params_path: str | None = None
+    mesh: MeshShape | None = None
+    dtype: str | None = None
+    param_dtype: str | None = None
+    normalization: str = "sum"
+    row_length: int = 2_048
+    batch_tokens: int = 4_096
+    shapes: int = 4
+    vocabulary_chunks: int = 1
+    prefix_lm: bool | None = None
+    write_examples: bool = False
+
+    def options(self, config: DecoderConfig) -> Options:
+        """How a model of this configuration is run."""
+        prefix_lm = family_of(config) == "palm" if self.prefix_lm is None else self.prefix_lm
+        return Options(
+            normalization=self.normalization,
+            bidirectional=prefix_lm,
+            row_length=self.row_length,
+            batch_tokens=self.batch_tokens,
+            shapes=self.shapes,
+            vocabulary_chunks=self.vocabulary_chunks,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What will be done: everything that could be refused has been."""
+
+    settings: Settings
+    tasks: Sequence[Task]
+    configs: Mapping[str, DecoderConfig]
+    identity: Mapping[str, Any]
+
+    @property
+    def examples(self) -> int:
+        """Of one model."""
+        return sum(len(task.examples) for task in self.tasks)
+
+    def describe(self) -> str:
+        """The plan in a few lines."""
+        kinds = ", ".join(
+            f"{sum(task.kind == kind for task in self.tasks)} {words}"
+            for kind, words in _KINDS.items()
+            if any(task.kind == kind for task in self.tasks)
+        )
+        lines = [
+            f"{len(self.configs)} models on {len(self.tasks)} tasks ({kinds}), {self.examples:,} examples each,"
+            f" to {self.settings.output_dir}"
+        ]
+        cut_inputs = sum(task.cut_inputs for task in self.tasks)
+        cut_targets = sum(task.cut_targets for task in self.tasks)
+        if cut_inputs or cut_targets:
+            lines.append(
+                f"cut to TASK_FEATURE_LENGTHS: the inputs of {cut_inputs:,} examples, choices of {cut_targets:,}"
+            )
+        return "\n".join(lines)
+
+
+_KINDS = {"rank": "ranked", "generate": "generated", "loss": "of loss"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """What was done.
+
+    Attributes:
+      scores: of all models and tasks.
+      ties: ranked examples whose best choices were equal, of what this run evaluated.
+      examples: that this run evaluated.
+      seconds: that it took, reading the models included.
+      was_done: the output was there already.
+    """
+
+    scores: Sequence[Score]
+    ties: int = 0
+    examples: int = 0
+    seconds: float = 0.0
+    was_done: bool = False
+
+
+def plan(settings: Settings, tasks: Sequence[Task], *, tasks_identity: Mapping[str, Any]) -> Plan:
+    """Looks at every checkpoint's header. `tasks_identity`: JSON, all that the tasks depend on.
+
+    Raises ValueError or CheckpointError for what can't be evaluated.
+    """
+    if not settings.checkpoints:
+        raise ValueError(
+            "there is no model to evaluate: give CHECKPOINTS or INITIAL_CHECKPOINT_PATH"
+        )
+    changes = {
+        name: value
+        for name, value in (("dtype", settings.dtype), ("param_dtype", settings.param_dtype))
+        if value is not None
+    }
+    configs, inputs = {}, {}
+    for model_id, path in settings.checkpoints.items():
+        if settings.model is None:
+            config = model_file.describe(path, **changes).config
+        else:
+            config = dataclasses.replace(settings.model, **changes)
+        reader = open_checkpoint(epath.Path(path), params_path=settings.params_path)
+        try:
+            as_model(reader, config)
+            inputs[model_id] = {"path": str(path), "digest": reader.digest()}
+        finally:
+            reader.close()
+        largest = _largest_token(tasks)
+        if largest >= config.vocab_size:
+            raise ValueError(
+                f"model {model_id} has a vocabulary of {config.vocab_size:,} and the tasks have a token {largest:,}: give the"
+                " VOCABULARY that the model was trained with"
+            )
+        configs[model_id] = config
+        settings.options(config)
+    manifest.check_apart(epath.Path(settings.output_dir), list(settings.checkpoints.values()))
+    plain = dataclasses.asdict(settings)
+    for name in (
+        "output_dir",
+        "checkpoints",
+        "model",
+        "mesh",
+    ):  # where, and what the models are told by
+        del plain[name]
+    identity = {
+        "stage": "evaluate",
+        "models": inputs,
+        "configs": {model_id: dataclasses.asdict(config) for model_id, config in configs.items()},
+        "tasks": dict(tasks_identity),
+        "settings": plain,
+    }
+    return Plan(settings=settings, tasks=tasks, configs=configs, identity=_as_json(identity))
+
+
+def run(
+    planned: Plan,
+    *,
+    config_text: str = "",
+    progress: Progress = lambda what, done, total: None,
+    log: Callable[[str], None] = lambda text: None,
+) -> Report:
+    """Evaluates what is missing.
+
+    Args:
+      config_text: goes into the manifest.
+      progress: hears of examples.
+      log: hears of what is not as usual.
+    """
+    settings = planned.settings
+    output = epath.Path(settings.output_dir)
+    if manifest.is_done(output, planned.identity):
+        return Report(scores=ScoresFile(output / SCORES).scores, was_done=True)
+    started = time.monotonic()
+    is_main = hosts.is_main()
+    staging = manifest.Staging(output)
+    if is_main and staging.resume(planned.identity):
+        log(f"goes on from {staging.folder}")
+    hosts.wait_for_all("staged")
+    file = ScoresFile(staging.folder / SCORES)
+    mesh = (settings.mesh or MeshShape(data=jax.device_count())).mesh()
+    evaluators: dict[DecoderConfig, Evaluator] = {}
+    ties = examples = 0
+    total = planned.examples
+    for model_id, path in settings.checkpoints.items():
+        config = planned.configs[model_id]
+        if config not in evaluators:
+            evaluators[config] = Evaluator(
+                model_of(config), planned.tasks, mesh=mesh, options=settings.options(config)
+            )
+        evaluator = evaluators[config]
+        missing = [task for task in planned.tasks if (model_id, *task.key) not in file.done]
+        if not missing:
+            continue
+        params = read_params(path, config, mesh, params_path=settings.params_path)
+        done = total - sum(len(task.examples) for task in missing)
+        for part in _parts(evaluator, missing):
+            before = done
+            results = evaluator(
+                params,
+                model_id,
+                tasks=part,
+                progress=functools.partial(_told, progress, model_id, before, total),
+            )
+            done += sum(len(task.examples) for task in part)
+            examples += done - before
+            ties += sum(each.ties for each in results)
+            if is_main:
+                _write(staging.folder, file, model_id, results, settings)
+            hosts.wait_for_all("scores")
+    if is_main:
+        staging.commit(
+            manifest.provenance(planned.identity)
+            | {"config": config_text, "examples": total, "ties": ties}
+        )
+    hosts.wait_for_all("committed")
+    scores = file.scores if is_main else ScoresFile(output / SCORES).scores
+    return Report(scores=scores, ties=ties, examples=examples, seconds=time.monotonic() - started)
+
+
+def _told(progress: Progress, model_id: str, before: int, total: int, examples: int) -> None:
+    progress(model_id, before + examples, total)
+
+
+def _write(
+    folder: epath.Path,
+    file: ScoresFile,
+    model_id: str,
+    results: Sequence[Result],
+    settings: Settings,
+) -> None:
+    if settings.write_examples:
+        for each in results:
+            write_examples(folder, model_id, each)
+    file.append(results)
+
+
+def _parts(evaluator: Evaluator, tasks: Sequence[Task]) -> Iterator[list[Task]]:
+    """The tasks in runs of at least SAVE_TOKENS, after each of which the scores are saved."""
+    part: list[Task] = []
+    for task in tasks:
+        part.append(task)
+        if evaluator.tokens(part) >= SAVE_TOKENS:
+            yield part
+            part = []
+    if part:
+        yield part
+
+
+def _largest_token(tasks: Sequence[Task]) -> int:
+    return max(
+        int(tokens.max())
+        for task in tasks
+        for example in task.examples
+        for tokens in (example.prompt, *example.choices)
+    )
+
+
+def _as_json(value: Any) -> Any:
+    """Tuples as lists, as JSON has them; paths and the like as text."""
+    if isinstance(value, Mapping):
+        return {str(k): _as_json(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(each) for each in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)

@@ -1,0 +1,266 @@
+"""From what a model gave to scores: predictions, metrics, and the files that hold them.
+
+`scores.jsonl` has one line for each (model, task, prompt, metric). Lines are appended together for each (model, task, prompt), by one write,
+so that a run that was killed goes on behind its last whole group; what a kill left half written is taken off.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from etils import epath
+
+from merging.evaluation.examples import Task
+
+SCORES = "scores.jsonl"
+EXAMPLES = "examples"
+
+# How choices of different length are compared: by the sum of their tokens' log-probabilities (T0), by the mean, or by how much
+# likelier the prompt makes them than the start token alone does.
+Normalization = Literal["sum", "tokens", "unconditional"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Score:
+    """One number.
+
+    Attributes:
+      model, task, prompt, metric: of what.
+      value, stderr: and its standard error; NaN of one example.
+      count: examples.
+      chance: what guessing gives; None where there is no such thing.
+      seconds: its task's share of the time of the run.
+    """
+
+    model: str
+    task: str
+    prompt: str
+    metric: str
+    value: float
+    stderr: float
+    count: int
+    chance: float | None
+    seconds: float
+
+    def line(self) -> str:
+        """As JSON, NaN as null."""
+        values = {
+            k: None if isinstance(v, float) and math.isnan(v) else v
+            for k, v in dataclasses.asdict(self).items()
+        }
+        return json.dumps(values)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+    """What one model gave on one task.
+
+    Attributes:
+      task: with its examples.
+      scores: the metrics' values.
+      predictions: numbers of choices, or texts; of a loss the texts' log-probabilities.
+      choice_scores: of each example's choices, as they were compared; empty where the answer is generated.
+      ties: examples whose best choices had equal scores: the first of them counts.
+    """
+
+    task: Task
+    scores: Sequence[Score]
+    predictions: Sequence[Any]
+    choice_scores: Sequence[np.ndarray]
+    ties: int
+
+    def records(self) -> Iterable[dict[str, Any]]:
+        """Every example, for JSON lines."""
+        for i, example in enumerate(self.task.examples):
+            record: dict[str, Any] = {
+                "id": example.id,
+                "inputs": example.prompt_text,
+                "target": example.truth,
+                "prediction": self.predictions[i],
+            }
+            if self.task.kind != "generate":
+                record["choices"] = list(example.choices_text)
+                record["choice_scores"] = [float(each) for each in self.choice_scores[i]]
+            yield record
+
+
+def result(
+    task: Task,
+    model: str,
+    *,
+    log_probs: Sequence[np.ndarray] | None = None,
+    unconditional: Sequence[np.ndarray] | None = None,
+    texts: Sequence[str] | None = None,
+    normalization: Normalization = "sum",
+    seconds: float,
+) -> Result:
+    """Judges what a model gave on one task: log-probabilities of each example's choices, or texts.
+
+    Raises ValueError where a score is not a number.
+    """
+    where = f"model {model}, task {task.name}, prompt {task.prompt}"
+    choice_scores: list[np.ndarray] = []
+    ties = 0
+    if task.kind == "generate":
+        predictions: list[Any] = list(texts)
+        values = task.metric([each.truth for each in task.examples], predictions)
+    else:
+        choice_scores = list(log_probs)
+        for example, scores in zip(task.examples, choice_scores, strict=True):
+            if np.isnan(scores).any():
+                raise ValueError(
+                    f"{where}, example {example.id}: a choice's log-probability is NaN"
+                )
+        if task.kind == "loss":
+            predictions = [float(each.sum()) for each in choice_scores]
+            values = losses(task, predictions)
+        else:
+            choice_scores = [
+                _compared(
+                    example.choices,
+                    scores,
+                    None if unconditional is None else unconditional[i],
+                    normalization,
+                )
+                for i, (example, scores) in enumerate(
+                    zip(task.examples, choice_scores, strict=True)
+                )
+            ]
+            predictions = [
+                int(np.argmax(each)) for each in choice_scores
+            ]  # of equal ones the first
+            ties = sum(int(np.sum(each == each.max()) > 1) for each in choice_scores)
+            values = task.metric([each.truth for each in task.examples], predictions)
+    scores = [
+        Score(
+            model=model,
+            task=task.name,
+            prompt=task.prompt,
+            metric=name,
+            value=float(value),
+            stderr=float(values.get(f"{name}_stderr", math.nan)),
+            count=len(task.examples),
+            chance=task.chance,
+            seconds=round(seconds, 3),
+        )
+        for name, value in values.items()
+        if not name.endswith("_stderr")
+    ]
+    return Result(
+        task=task, scores=scores, predictions=predictions, choice_scores=choice_scores, ties=ties
+    )
+
+
+def _compared(
+    choices: Sequence[np.ndarray],
+    scores: np.ndarray,
+    unconditional: np.ndarray | None,
+    normalization: Normalization,
+) -> np.ndarray:
+    if normalization == "tokens":
+        return scores / np.array([len(each) for each in choices])
+    if normalization == "unconditional":
+        return scores - unconditional
+    return scores
+
+
+def losses(task: Task, log_probs: Sequence[float]) -> dict[str, float]:
+    """Nats per token and bits per byte over all texts: ratios of sums, with the ratio estimator's standard error."""
+    nats = -np.array(log_probs, np.float64)
+    tokens = np.array([sum(map(len, each.choices)) for each in task.examples], np.float64)
+    nbytes = np.array([sum(each.nbytes) for each in task.examples], np.float64)
+    values = {}
+    for name, amount, per in (
+        ("nats_per_token", nats, tokens),
+        ("bits_per_byte", nats / math.log(2), nbytes),
+    ):
+        if per.sum() > 0:
+            ratio = amount.sum() / per.sum()
+            n = len(per)
+            residual = np.square(amount - ratio * per).sum()
+            values[name] = ratio
+            values[f"{name}_stderr"] = (
+                math.sqrt(n / (n - 1) * residual) / per.sum() if n > 1 else math.nan
+            )
+    return values
+
+
+# ---- files --------------------------------------------------------------------------------------------------------
+
+
+class ScoresFile:
+    """`scores.jsonl` of a folder: what is there, and more of it."""
+
+    def __init__(self, path: epath.PathLike):
+        """Takes off what a kill left half written.
+
+        Raises ValueError for a line that is not a score.
+        """
+        self.path = epath.Path(path)
+        self.scores = []
+        if not self.path.exists():
+            return
+        text = self.path.read_text()
+        whole, _, torn = text.rpartition("\n")
+        lines = whole.split("\n") if whole else []
+        self.scores = [self._read(number, line) for number, line in enumerate(lines, 1)]
+        if torn:
+            # The lines before it may be of its group. What is too short to say so has no such lines whole before it: a group's are
+            # longer together than a page only where there are many.
+            while self.scores and _is_of_group(torn, self.scores[-1]):
+                self.scores.pop()
+            temporary = self.path.parent / (self.path.name + ".tmp")
+            temporary.write_text("".join(each.line() + "\n" for each in self.scores))
+            temporary.replace(self.path)
+
+    def _read(self, number: int, line: str) -> Score:
+        try:
+            values = json.loads(line)
+            for name in ("value", "stderr"):
+                values[name] = math.nan if values[name] is None else values[name]
+            return Score(**values)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{self.path}:{number} is not a score: {line[:200]!r} ({error})"
+            ) from error
+
+    @property
+    def done(self) -> set[tuple[str, str, str]]:
+        """(model, task, prompt) of all that is there."""
+        return {_group(each) for each in self.scores}
+
+    def append(self, results: Iterable[Result]) -> None:
+        """More scores, those of each task by one write, on disk when it returns."""
+        with open(os.fspath(self.path), "ab", buffering=0) as file:
+            for each in results:
+                file.write("".join(score.line() + "\n" for score in each.scores).encode())
+                self.scores += each.scores
+            os.fsync(file.fileno())
+
+
+def _group(score: Score) -> tuple[str, str, str]:
+    return score.model, score.task, score.prompt
+
+
+def _is_of_group(torn: str, score: Score) -> bool:
+    """Whether a line, as far as it goes, may belong to a score's group."""
+    start = json.dumps({"model": score.model, "task": score.task, "prompt": score.prompt})[:-1]
+    return torn.startswith(start) or start.startswith(torn)
+
+
+def write_examples(folder: epath.Path, model: str, each: Result) -> None:
+    """Every example of a task, in `examples/<model>/<task>_<prompt>.jsonl.gz`, whole or not at all."""
+    place = folder / EXAMPLES / model.replace("/", "_").strip("._")
+    place.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in each.records())
+    name = f"{each.task.name}_{each.task.prompt}.jsonl.gz"
+    temporary = place / (name + ".tmp")
+    temporary.write_bytes(gzip.compress(text.encode(), mtime=0))
+    temporary.replace(place / name)
