@@ -1,6 +1,8 @@
 """The merge stage: base + N experts -> merged checkpoints, disk to disk, all methods from one read.
 
-Everything is checked before the first byte is written (`engine.plan`); the output appears whole or not at all.
+Everything is checked before the first byte is written (`engine.plan`); the output appears whole or not at all. What a run
+that was killed or failed has finished stays beside the output (`manifest.Staging`, `engine.journal`), and the same command goes
+on from there.
 """
 
 from __future__ import annotations
@@ -19,9 +21,11 @@ from etils import epath
 
 from merging import manifest
 from merging.checkpoints import open_writer
-from merging.checkpoints.format import LeafSpec
-from merging.engine import hosts
+from merging.checkpoints.checksums import box_text
+from merging.checkpoints.format import CheckpointError, LeafSpec
+from merging.engine import hosts, journal
 from merging.engine.groups import group_by_scale
+from merging.engine.journal import Finished, Journal
 from merging.engine.output import Output, is_finite
 from merging.engine.pieces import Piece, Tensor, copied_tensor
 from merging.engine.plan import Plan, Settings, plan, size_text
@@ -53,6 +57,7 @@ class Report:
       storage_seconds: what the same reads and writes took by themselves, spread over the workers.
       peak_resident_bytes: highest RssAnon + RssShmem seen.
       reads: how often all inputs were read.
+      pieces, pieces_resumed: of the output, by this host, and how many of them an earlier run had finished.
       was_done: nothing was done, the output was there.
     """
 
@@ -64,6 +69,8 @@ class Report:
     storage_seconds: float
     peak_resident_bytes: int
     reads: int
+    pieces: int
+    pieces_resumed: int
     was_done: bool
 
     def describe(self) -> str:
@@ -72,9 +79,15 @@ class Report:
         if self.was_done:
             return f"done before: {where}"
         share = self.storage_seconds / self.seconds if self.seconds else 0.0
+        resumed = (
+            [f"resumed    {self.pieces_resumed:,} of {self.pieces:,} pieces were there"]
+            if self.pieces_resumed
+            else []
+        )
         return "\n".join(
             [
                 f"written    {where}",
+                *resumed,
                 f"time       {self.seconds:.2f} s, {self.reads} reads of the inputs",
                 f"bytes      {size_text(self.bytes_read)} read (and {size_text(self.bytes_sampled)} sampled),"
                 f" {size_text(self.bytes_written)} written,"
@@ -99,7 +112,8 @@ def merge_checkpoints(
       settings: the fields of `engine.plan.Settings`; base, experts, output_dir and method (or methods) are needed.
 
     Returns:
-      What was done. A second call with the same arguments and inputs returns at once.
+      What was done. A second call with the same arguments and inputs returns at once; one after a call that was killed or
+      failed goes on from there.
 
     Raises ValueError for everything that is wrong with arguments and inputs, OSError for what fails on the way; nothing
     has appeared under the output's name then.
@@ -148,34 +162,87 @@ class _Run:
         self.commit_seconds = 0.0
         self.written = 0
         self.reads = 0
+        self.pieces = self.pieces_resumed = 0
+        self.journal: Journal
 
     def run(self, config_text: str) -> Report:
         plan = self.plan
         if plan.is_done:
             return self._report(was_done=True)
-        staging = manifest.Staging(plan.output)
-        if hosts.is_main():
-            staging.create(plan.identity)
-        hosts.wait_for_all("staging is there")
-        try:
+        with contextlib.closing(manifest.Staging(plan.output)) as staging:
+            was_whole = hosts.of_main(hosts.is_main() and self._begin(staging))
+            if not was_whole:
+                self._run(staging, config_text)
+        return self._report(was_done=was_whole)
+
+    def _begin(self, staging: manifest.Staging) -> bool:
+        """Makes the staging folder, with what can be gone on with; whether the output is there but for its name."""
+        if staging.is_whole(self.plan.identity):
+            return True
+        staging.resume(self.plan.identity, if_there=journal.file_of(staging.folder, 0))
+        return False
+
+    def _run(self, staging: manifest.Staging, config_text: str) -> None:
+        plan = self.plan
+        with self._journal(staging) as self.journal:
             with self._opened(staging.folder) as outputs:
                 writer = next(iter(outputs.values())).writer
                 mine = [plan.base_specs[name] for name in writer.names_mine]
                 surveys = self._survey(mine)
                 statistics = self._merge(mine, surveys, outputs)
-                for reader in (plan.base, *plan.experts):
-                    reader.check_unchanged()
+                self._check_inputs()
                 self._commit_weights(outputs)
             self._finish(staging, outputs, statistics, config_text)
-        except BaseException:
-            if jax.process_count() == 1:
-                staging.discard()
+
+    @contextlib.contextmanager
+    def _journal(self, staging: manifest.Staging) -> Iterator[Journal]:
+        """This host's journal. What fails inside leaves it for the next run, unless the inputs themselves are at fault."""
+        opened = Journal(
+            staging.folder,
+            jax.process_index(),
+            {
+                **self.plan.identity,
+                **manifest.environment(),
+                "outputs": list(
+                    self.plan.merges
+                ),  # whose order is that of checksums and statistics
+            },
+            limit=self.plan.limit,
+            check=self._check_inputs,
+        )
+        self.stream.limit = opened.limit
+        try:
+            with contextlib.closing(opened):
+                try:
+                    yield opened
+                except BaseException:
+                    # What can't be written down now is computed again; what is wrong is told below.
+                    with contextlib.suppress(OSError, CheckpointError):
+                        opened.flush()
+                    raise
+        except BaseException as error:
+            if isinstance(error, ValueError) and jax.process_count() == 1 and self._is_unchanged():
+                staging.discard()  # the same again would fail the same way
+            elif staging.folder.exists():
+                self.log(
+                    f"stopped: what is finished stays in {staging.folder}, and the same command goes on from there"
+                )
             raise
-        return self._report(was_done=False)
+
+    def _check_inputs(self) -> None:
+        for reader in (self.plan.base, *self.plan.experts):
+            reader.check_unchanged()
+
+    def _is_unchanged(self) -> bool:
+        try:
+            self._check_inputs()
+        except CheckpointError:
+            return False
+        return True
 
     @contextlib.contextmanager
     def _opened(self, folder: epath.Path) -> Iterator[dict[str, Output]]:
-        """One output per merge, each with this host's leaves; what was written is removed if anything fails."""
+        """One output per merge, each with this host's leaves; what was written stays if anything fails."""
         plan = self.plan
         outputs: dict[str, Output] = {}
         try:
@@ -193,12 +260,13 @@ class _Run:
                     optimizer_state=plan.settings.optimizer_state,
                     process_index=jax.process_index(),
                     process_count=jax.process_count(),
+                    is_resumed=self.journal.is_resumed,
                 )
                 outputs[name] = Output(writer)
             yield outputs
         except BaseException:
             for output in outputs.values():
-                output.writer.abort()
+                output.writer.close()
             raise
 
     # ---- first pass ------------------------------------------------------------------------------------------------
@@ -207,6 +275,12 @@ class _Run:
         """The answers to the recipes' questions."""
         if not self.recipes.questions:
             return []
+        experts = len(self.plan.experts)
+        if all(hosts.gather_json(self.journal.survey is not None)):
+            found = [MethodSurvey(q.method, q.tensors, experts) for q in self.recipes.questions]
+            for each, known in zip(found, self.journal.survey, strict=True):
+                each.restore(known)
+            return found
         found, self.reads = survey(
             self.recipes.questions,
             self._counted("survey"),
@@ -215,15 +289,18 @@ class _Run:
             combine=hosts.combine,
             log=self.log,
         )
+        self.journal.finish_survey([each.known() for each in found])
+        self.journal.flush()
         return found
 
-    def _counted(self, phase: str) -> Stream:
-        """The stream, reporting what it reads to `progress` under this name."""
-        total = self.plan.input_bytes // jax.process_count()
+    def _counted(self, phase: str, share: float = 1.0) -> Stream:
+        """The stream, reporting what it reads to `progress` under this name. `share`: of the inputs, that is to be read."""
+        total = int(share * self.plan.input_bytes) // jax.process_count()
         start = self.stream.bytes_read
 
         def report() -> None:
             self.peak.look()
+            self.journal.flush_now_and_then()
             self.progress(phase, min(self.stream.bytes_read - start, total), total)
 
         self.stream.while_running = report
@@ -238,7 +315,11 @@ class _Run:
         outputs: Mapping[str, Output],
     ) -> dict[str, Statistics]:
         """Reads everything once more and writes every output; returns the statistics of this host's leaves."""
-        stream = self._counted("merge")
+        tensors = [
+            t for leaf in mine for t in (self.plan.tensors[leaf.name] or [copied_tensor(leaf)])
+        ]
+        left, share = self._left(tensors, outputs)
+        stream = self._counted("merge", share)
         self.reads += 1
         self.log(
             "reading all inputs and writing " + (", ".join(n for n in outputs if n) or "the merge")
@@ -246,8 +327,11 @@ class _Run:
         kernel = _Kernel(self.plan, self.recipes, surveys)
         seconds: list[float] = []
 
-        def work(piece: Piece) -> tuple[str, Statistics | None]:
+        def work(piece: Piece) -> tuple[str, Statistics | None, bool]:
             leaf = piece.tensor.leaf
+            finished = left.get((leaf.name, box_text(piece.index)))
+            if finished is not None and self._keep(piece, finished, outputs):
+                return leaf.name, self._statistics(finished.statistics), True
             if piece.tensor.is_kept or not leaf.is_merged:
                 copied = stream.read_kept(piece) if leaf.is_merged else stream.read_copied(piece)
                 copied = copied.astype(self.plan.specs[leaf.name].dtype, copy=False)
@@ -259,29 +343,67 @@ class _Run:
                     stream.blame_not_finite(loaded)
                 found = kernel.statistics(loaded)
             begun = time.perf_counter()
-            for output, each in zip(outputs.values(), merged, strict=True):
+            checksums = [
                 output.put(piece, each)
+                for output, each in zip(outputs.values(), merged, strict=True)
+            ]
             seconds.append(time.perf_counter() - begun)
-            return piece.tensor.leaf.name, found
+            self.journal.finish(piece, checksums, None if found is None else found.to_vector())
+            return leaf.name, found, False
 
         statistics: dict[str, Statistics] = {}
 
-        def take(result: tuple[str, Statistics | None]) -> None:
-            name, found = result
+        def take(result: tuple[str, Statistics | None, bool]) -> None:
+            name, found, was_kept = result
+            self.pieces += 1
+            self.pieces_resumed += was_kept
             if found is not None:
                 known = statistics.setdefault(
                     name, Statistics(len(self.plan.experts), len(outputs))
                 )
                 known.add(found)
 
-        tensors = (
-            tensor
-            for leaf in mine
-            for tensor in (self.plan.tensors[leaf.name] or [copied_tensor(leaf)])
-        )
         stream.run(stream.pieces(tensors), work, take)
+        self.journal.flush()
         self.write_seconds += sum(seconds)
         return statistics
+
+    def _left(
+        self, tensors: Sequence[Tensor], outputs: Mapping[str, Output]
+    ) -> tuple[Mapping[tuple[str, str], Finished], float]:
+        """The finished pieces that every output holds, and the share of all elements that is still to be done."""
+        if not self.journal.is_resumed:
+            return {}, 1.0
+        left: dict[tuple[str, str], Finished] = {}
+        pieces = elements = done = 0
+        for piece in self.stream.pieces(tensors):
+            key = piece.tensor.leaf.name, box_text(piece.index)
+            pieces, elements = pieces + 1, elements + piece.size
+            if key in self.journal.pieces and all(
+                output.writer.holds(key[0], piece.index) for output in outputs.values()
+            ):
+                left[key] = self.journal.pieces[key]
+                done += piece.size
+        there, pieces = hosts.combine(np.array([len(left), pieces], np.int64))
+        self.log(f"resuming: {there:,} of {pieces:,} pieces are there")
+        return left, 1 - done / max(1, elements)
+
+    def _keep(self, piece: Piece, finished: Finished, outputs: Mapping[str, Output]) -> bool:
+        """Goes on with what is stored of a piece; False where any of it is not what it should be."""
+        arrays = [
+            output.left(piece, wanted)
+            for output, wanted in zip(outputs.values(), finished.checksums, strict=True)
+        ]
+        if any(array is None for array in arrays):
+            return False
+        for output, array in zip(outputs.values(), arrays, strict=True):
+            output.put(piece, array, is_stored=True)
+        return True
+
+    def _statistics(self, vector: np.ndarray | None) -> Statistics | None:
+        if vector is None:
+            return None
+        return Statistics.from_vector(vector, len(self.plan.experts), len(self.plan.merges))
 
     # ---- the end ---------------------------------------------------------------------------------------------------
 
@@ -305,19 +427,20 @@ class _Run:
         """Gathers what all hosts know, writes statistics and manifests, and lets the output appear."""
         plan = self.plan
         checksums = hosts.gather_json({name: each.checksums for name, each in outputs.items()})
+        counts = hosts.combine(np.array([self.pieces, self.pieces_resumed], np.int64))
         statistics = hosts.gather_json(
             {name: s.to_vector().tolist() for name, s in statistics.items()}
         )
         if hosts.is_main():
             known = {
-                name: Statistics.from_vector(
-                    np.array(vector), len(plan.experts), len(outputs)
-                ).scaled_to_all()
+                name: self._statistics(np.array(vector)).scaled_to_all()
                 for host in statistics
                 for name, vector in host.items()
             }
             shared = {
                 **self._provenance(),
+                "pieces": int(counts[0]),
+                "pieces_resumed": int(counts[1]),
                 "config": config_text,
             }
             for number, (name, method) in enumerate(plan.merges.items()):
@@ -381,6 +504,8 @@ class _Run:
             + self.commit_seconds,
             peak_resident_bytes=self.peak.nbytes,
             reads=self.reads,
+            pieces=self.pieces,
+            pieces_resumed=self.pieces_resumed,
             was_done=was_done,
         )
 

@@ -103,9 +103,7 @@ class Writer(Protocol):
         """The leaves that this process writes, in storage order."""
         ...
 
-    def write(
-        self, name: str, index: Index, array: np.ndarray, *, is_stored: bool = False
-    ) -> None:
+    def write(self, name: str, index: Index, array: np.ndarray, *, is_stored: bool = False) -> None:
         """Stores a box (C order). Thread-safe; boxes come in any order, near that of storage, each element once.
 
         `is_stored`: the array is what `stored` gave for this box, which need not be written again.

@@ -259,9 +259,7 @@ class Writer:
         """The leaves that this process writes, in the order of the files."""
         return list(self._places)
 
-    def write(
-        self, name: str, index: Index, array: np.ndarray, *, is_stored: bool = False
-    ) -> None:
+    def write(self, name: str, index: Index, array: np.ndarray, *, is_stored: bool = False) -> None:
         """Stores a box, [*box] in the leaf's dtype. Any thread, any order (near that of the files is best).
 
         A leaf without elements may be written or left out. `is_stored` as in `format.Writer`.

@@ -200,8 +200,10 @@ class ByteSink:
         self._waiting: dict[int, bytes] = {}  # remote: by offset, what came too early
         self._at = 0  # remote: how far the object is written
         with naming(self.path):
-            mode = "r+b" if is_kept and is_local(self.path) and self.path.exists() else "wb"
-            self._handle: BinaryIO = self._closing.enter_context(self.path.open(mode))
+            is_kept = is_kept and is_local(self.path) and self.path.exists()
+            # etils knows no mode that leaves a file as it is.
+            opened = open(self.path, "r+b") if is_kept else self.path.open("wb")
+            self._handle: BinaryIO = self._closing.enter_context(opened)
             self._descriptor = self._handle.fileno() if is_local(self.path) else None
 
     def write(self, offset: int, data: memoryview) -> None:
