@@ -114,8 +114,8 @@ class Staging:
         self._publish()
 
     def discard(self) -> None:
-        """Removes the staging folder, if it is held."""
-        if self._lock is not None or (self.folder / MARKER).exists():
+        """Removes the staging folder, if something unfinished is there."""
+        if (self.folder / MARKER).exists():
             self._clear()
             (self.folder / MARKER).unlink(missing_ok=True)
             self.folder.rmdir()

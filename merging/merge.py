@@ -21,12 +21,11 @@ from etils import epath
 
 from merging import manifest
 from merging.checkpoints import open_writer
-from merging.checkpoints.checksums import box_text
-from merging.checkpoints.format import CheckpointError, LeafSpec
+from merging.checkpoints.format import LeafSpec, Writer
 from merging.engine import hosts, journal
 from merging.engine.groups import group_by_scale
-from merging.engine.journal import Finished, Journal
-from merging.engine.output import Output, is_finite
+from merging.engine.journal import Journal
+from merging.engine.output import Outputs, is_finite
 from merging.engine.pieces import Piece, Tensor, copied_tensor
 from merging.engine.plan import Plan, Settings, plan, size_text
 from merging.engine.resources import PeakResident
@@ -184,72 +183,32 @@ class _Run:
 
     def _run(self, staging: manifest.Staging, config_text: str) -> None:
         plan = self.plan
-        with self._journal(staging) as self.journal:
+        identity = {**plan.identity, "outputs": list(plan.merges)}  # the order of checksums
+        inputs = (plan.base, *plan.experts)
+        with journal.kept(
+            staging, identity, inputs, limit=plan.limit, log=self.log
+        ) as self.journal:
+            self.stream.limit = self.journal.limit
             with self._opened(staging.folder) as outputs:
-                writer = next(iter(outputs.values())).writer
+                writer = next(iter(outputs.each.values())).writer
                 mine = [plan.base_specs[name] for name in writer.names_mine]
                 surveys = self._survey(mine)
                 statistics = self._merge(mine, surveys, outputs)
-                self._check_inputs()
+                for reader in inputs:
+                    reader.check_unchanged()
                 self._commit_weights(outputs)
             self._finish(staging, outputs, statistics, config_text)
 
     @contextlib.contextmanager
-    def _journal(self, staging: manifest.Staging) -> Iterator[Journal]:
-        """This host's journal. What fails inside leaves it for the next run, unless the inputs themselves are at fault."""
-        opened = Journal(
-            staging.folder,
-            jax.process_index(),
-            {
-                **self.plan.identity,
-                **manifest.environment(),
-                "outputs": list(
-                    self.plan.merges
-                ),  # whose order is that of checksums and statistics
-            },
-            limit=self.plan.limit,
-            check=self._check_inputs,
-        )
-        self.stream.limit = opened.limit
-        try:
-            with contextlib.closing(opened):
-                try:
-                    yield opened
-                except BaseException:
-                    # What can't be written down now is computed again; what is wrong is told below.
-                    with contextlib.suppress(OSError, CheckpointError):
-                        opened.flush()
-                    raise
-        except BaseException as error:
-            if isinstance(error, ValueError) and jax.process_count() == 1 and self._is_unchanged():
-                staging.discard()  # the same again would fail the same way
-            elif staging.folder.exists():
-                self.log(
-                    f"stopped: what is finished stays in {staging.folder}, and the same command goes on from there"
-                )
-            raise
-
-    def _check_inputs(self) -> None:
-        for reader in (self.plan.base, *self.plan.experts):
-            reader.check_unchanged()
-
-    def _is_unchanged(self) -> bool:
-        try:
-            self._check_inputs()
-        except CheckpointError:
-            return False
-        return True
-
-    @contextlib.contextmanager
-    def _opened(self, folder: epath.Path) -> Iterator[dict[str, Output]]:
+    def _opened(self, folder: epath.Path) -> Iterator[Outputs]:
         """One output per merge, each with this host's leaves; what was written stays if anything fails."""
         plan = self.plan
-        outputs: dict[str, Output] = {}
-        try:
+        writers: dict[str, Writer] = {}
+        with contextlib.ExitStack() as on_error:
             for name in plan.merges:
                 target = folder / name if name else folder
                 target.mkdir(parents=True, exist_ok=True)
-                writer = open_writer(
+                writers[name] = open_writer(
                     plan.format,
                     target,
                     plan.specs,
@@ -262,12 +221,9 @@ class _Run:
                     process_count=jax.process_count(),
                     is_resumed=self.journal.is_resumed,
                 )
-                outputs[name] = Output(writer)
-            yield outputs
-        except BaseException:
-            for output in outputs.values():
-                output.writer.close()
-            raise
+                on_error.callback(writers[name].close)
+            yield Outputs(writers, self.journal)
+            on_error.pop_all()  # they are committed
 
     # ---- first pass ------------------------------------------------------------------------------------------------
 
@@ -280,6 +236,7 @@ class _Run:
             found = [MethodSurvey(q.method, q.tensors, experts) for q in self.recipes.questions]
             for each, known in zip(found, self.journal.survey, strict=True):
                 each.restore(known)
+            self.log("resuming: the survey is there")
             return found
         found, self.reads = survey(
             self.recipes.questions,
@@ -312,30 +269,32 @@ class _Run:
         self,
         mine: Sequence[LeafSpec],
         surveys: Sequence[MethodSurvey],
-        outputs: Mapping[str, Output],
+        outputs: Outputs,
     ) -> dict[str, Statistics]:
         """Reads everything once more and writes every output; returns the statistics of this host's leaves."""
         tensors = [
             t for leaf in mine for t in (self.plan.tensors[leaf.name] or [copied_tensor(leaf)])
         ]
-        left, share = self._left(tensors, outputs)
-        stream = self._counted("merge", share)
+        there = outputs.look(self.stream.pieces(tensors))
+        finished, pieces = hosts.combine(np.array([there.finished, there.pieces], np.int64))
+        if finished:
+            self.log(f"resuming: {finished:,} of {pieces:,} pieces are there")
+        stream = self._counted("merge", 1 - there.share)
         self.reads += 1
-        self.log(
-            "reading all inputs and writing " + (", ".join(n for n in outputs if n) or "the merge")
-        )
+        names = ", ".join(name for name in outputs.each if name) or "the merge"
+        self.log(f"reading {'the rest of ' if finished else ''}all inputs and writing {names}")
         kernel = _Kernel(self.plan, self.recipes, surveys)
         seconds: list[float] = []
 
-        def work(piece: Piece) -> tuple[str, Statistics | None, bool]:
+        def work(piece: Piece) -> tuple[str, Statistics | None]:
             leaf = piece.tensor.leaf
-            finished = left.get((leaf.name, box_text(piece.index)))
-            if finished is not None and self._keep(piece, finished, outputs):
-                return leaf.name, self._statistics(finished.statistics), True
+            kept = outputs.keep(piece)
+            if kept is not None:
+                return leaf.name, self._statistics(kept.statistics)
             if piece.tensor.is_kept or not leaf.is_merged:
                 copied = stream.read_kept(piece) if leaf.is_merged else stream.read_copied(piece)
                 copied = copied.astype(self.plan.specs[leaf.name].dtype, copy=False)
-                merged, found = [copied] * len(outputs), None
+                merged, found = [copied] * len(outputs.each), None
             else:
                 loaded = stream.load(piece)
                 merged = kernel.merge(loaded)
@@ -343,62 +302,25 @@ class _Run:
                     stream.blame_not_finite(loaded)
                 found = kernel.statistics(loaded)
             begun = time.perf_counter()
-            checksums = [
-                output.put(piece, each)
-                for output, each in zip(outputs.values(), merged, strict=True)
-            ]
+            outputs.put(piece, merged, None if found is None else found.to_vector())
             seconds.append(time.perf_counter() - begun)
-            self.journal.finish(piece, checksums, None if found is None else found.to_vector())
-            return leaf.name, found, False
+            return leaf.name, found
 
         statistics: dict[str, Statistics] = {}
 
-        def take(result: tuple[str, Statistics | None, bool]) -> None:
-            name, found, was_kept = result
-            self.pieces += 1
-            self.pieces_resumed += was_kept
+        def take(result: tuple[str, Statistics | None]) -> None:
+            name, found = result
             if found is not None:
                 known = statistics.setdefault(
-                    name, Statistics(len(self.plan.experts), len(outputs))
+                    name, Statistics(len(self.plan.experts), len(outputs.each))
                 )
                 known.add(found)
 
         stream.run(stream.pieces(tensors), work, take)
         self.journal.flush()
+        self.pieces, self.pieces_resumed = outputs.pieces, outputs.kept
         self.write_seconds += sum(seconds)
         return statistics
-
-    def _left(
-        self, tensors: Sequence[Tensor], outputs: Mapping[str, Output]
-    ) -> tuple[Mapping[tuple[str, str], Finished], float]:
-        """The finished pieces that every output holds, and the share of all elements that is still to be done."""
-        if not self.journal.is_resumed:
-            return {}, 1.0
-        left: dict[tuple[str, str], Finished] = {}
-        pieces = elements = done = 0
-        for piece in self.stream.pieces(tensors):
-            key = piece.tensor.leaf.name, box_text(piece.index)
-            pieces, elements = pieces + 1, elements + piece.size
-            if key in self.journal.pieces and all(
-                output.writer.holds(key[0], piece.index) for output in outputs.values()
-            ):
-                left[key] = self.journal.pieces[key]
-                done += piece.size
-        there, pieces = hosts.combine(np.array([len(left), pieces], np.int64))
-        self.log(f"resuming: {there:,} of {pieces:,} pieces are there")
-        return left, 1 - done / max(1, elements)
-
-    def _keep(self, piece: Piece, finished: Finished, outputs: Mapping[str, Output]) -> bool:
-        """Goes on with what is stored of a piece; False where any of it is not what it should be."""
-        arrays = [
-            output.left(piece, wanted)
-            for output, wanted in zip(outputs.values(), finished.checksums, strict=True)
-        ]
-        if any(array is None for array in arrays):
-            return False
-        for output, array in zip(outputs.values(), arrays, strict=True):
-            output.put(piece, array, is_stored=True)
-        return True
 
     def _statistics(self, vector: np.ndarray | None) -> Statistics | None:
         if vector is None:
@@ -407,26 +329,26 @@ class _Run:
 
     # ---- the end ---------------------------------------------------------------------------------------------------
 
-    def _commit_weights(self, outputs: Mapping[str, Output]) -> None:
+    def _commit_weights(self, outputs: Outputs) -> None:
         begun = time.perf_counter()
         for turn in (False, True):  # the main host last
             if hosts.is_main() == turn:
-                for output in outputs.values():
+                for output in outputs.each.values():
                     output.writer.commit()
-                    self.written += output.nbytes
+                self.written = outputs.nbytes
             hosts.wait_for_all(f"weights committed {turn}")
         self.commit_seconds = time.perf_counter() - begun
 
     def _finish(
         self,
         staging: manifest.Staging,
-        outputs: Mapping[str, Output],
+        outputs: Outputs,
         statistics: Mapping[str, Statistics],
         config_text: str,
     ) -> None:
         """Gathers what all hosts know, writes statistics and manifests, and lets the output appear."""
         plan = self.plan
-        checksums = hosts.gather_json({name: each.checksums for name, each in outputs.items()})
+        checksums = hosts.gather_json({name: each.checksums for name, each in outputs.each.items()})
         counts = hosts.combine(np.array([self.pieces, self.pieces_resumed], np.int64))
         statistics = hosts.gather_json(
             {name: s.to_vector().tolist() for name, s in statistics.items()}

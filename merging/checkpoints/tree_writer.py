@@ -422,7 +422,7 @@ class DatabaseStore:
         return Left(self._folder, in_database=True)
 
     def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        self._pool.shutdown()  # after the batch that is being committed
         if self._batch is not None:
             self._batch.abort()
 

@@ -22,6 +22,7 @@ was killed starts from nothing.
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import json
 import os
@@ -30,12 +31,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from crc32c import crc32c
 from etils import epath
 
 from merging import manifest
 from merging.checkpoints.checksums import box_text
+from merging.checkpoints.format import CheckpointError, Reader
 from merging.checkpoints.storage import is_local, naming
 from merging.engine.pieces import Piece
 
@@ -172,6 +175,51 @@ class Journal:
                 if statistics is None
                 else np.frombuffer(base64.b64decode(statistics), "<f8").astype(np.float64),
             )
+
+
+@contextlib.contextmanager
+def kept(
+    staging: manifest.Staging,
+    identity: Mapping[str, Any],
+    inputs: Sequence[Reader],
+    *,
+    limit: int,
+    log: Callable[[str], None],
+) -> Iterator[Journal]:
+    """The journal of this process while a run is under way in a staging folder that is held; arguments as of `Journal`.
+
+    What fails inside leaves all that is finished for the next run, and says so; except where what the inputs hold is at
+    fault: then the same would fail again, and the folder is removed.
+    """
+
+    def check() -> None:
+        for reader in inputs:
+            reader.check_unchanged()
+
+    header = {**identity, **manifest.environment()}
+    journal = Journal(staging.folder, jax.process_index(), header, limit=limit, check=check)
+    try:
+        yield journal
+    except BaseException as error:
+        is_unchanged = True
+        try:
+            journal.flush()
+            check()
+        except CheckpointError:
+            is_unchanged = False
+        except (
+            OSError
+        ):  # the disk, of which `error` tells; what was not written down is computed again
+            pass
+        if isinstance(error, ValueError) and is_unchanged and jax.process_count() == 1:
+            staging.discard()
+        elif staging.folder.exists():
+            log(
+                f"stopped: what is finished stays in {staging.folder}, and the same command goes on from there"
+            )
+        raise
+    finally:
+        journal.close()
 
 
 def file_of(folder: epath.PathLike, process: int) -> epath.Path:
