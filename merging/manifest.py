@@ -229,7 +229,7 @@ def write(folder: epath.PathLike, manifest: Mapping[str, Any]) -> None:
     """Puts a manifest into a folder, whole or not at all."""
     temporary = epath.Path(folder) / (MANIFEST + ".tmp")
     put_file(temporary, (json.dumps(manifest, indent=1) + "\n").encode())
-    temporary.rename(epath.Path(folder) / MANIFEST)
+    temporary.replace(epath.Path(folder) / MANIFEST)
 
 
 def read(folder: epath.PathLike) -> dict[str, Any] | None:

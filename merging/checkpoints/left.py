@@ -23,11 +23,15 @@ class Left:
     Args:
       folder: may not exist; in a bucket nothing is looked for.
       in_database: whether the chunks are values of a database.
+
+    Attributes:
+      is_damaged: there is a database, but it can't be read.
     """
 
     def __init__(self, folder: epath.Path, *, in_database: bool):
         self._folder: Folder | None = None
         self._blobs: Mapping[str, Blob] = {}
+        self.is_damaged = False
         if not is_local(folder) or not folder.exists():
             return
         self._folder = Folder(folder)
@@ -38,7 +42,7 @@ class Left:
             try:
                 self._blobs = ocdbt.entries(self._folder)
             except CheckpointError:
-                self._blobs = {}  # damaged: its values are written again
+                self.is_damaged = True
 
     def holds(
         self, array: str, leaf: LeafSpec, chunk: boxes.Shape, version: int, box: Index

@@ -276,11 +276,12 @@ def put_file(path: epath.Path, content: bytes) -> None:
 def sync(path: epath.PathLike) -> None:
     """A local file or folder is on disk when it returns; object storage has no need of it."""
     if is_local(path):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with naming(path):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 @contextlib.contextmanager

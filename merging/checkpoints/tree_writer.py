@@ -419,7 +419,10 @@ class DatabaseStore:
         sync_tree(self._folder)
 
     def left(self) -> Left:
-        return Left(self._folder, in_database=True)
+        found = Left(self._folder, in_database=True)
+        if found.is_damaged:
+            remove(self._folder)  # nothing can be added to it
+        return found
 
     def close(self) -> None:
         self._pool.shutdown()  # after the batch that is being committed

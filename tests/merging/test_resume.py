@@ -123,8 +123,8 @@ def test_a_stopped_merge_goes_on(shared, arguments, format: str, tmp_path: pathl
     ).groups()
     assert (int(there), int(wanted)) == (report.pieces_resumed, report.pieces)
     assert "resuming: the survey is there" in said and report.reads == 1
-    if format == "safetensors":  # the 25th piece was on its way to both outputs
-        assert 22 <= report.pieces_resumed <= 25
+    if format == "safetensors":  # a piece was half handed over, and others under way
+        assert 24 <= report.pieces_resumed <= 27
     check(arguments, shared[1])
     told = json.loads((tmp_path / "out/ties/manifest.json").read_text())
     assert (told["pieces"], told["pieces_resumed"]) == (report.pieces, report.pieces_resumed)
@@ -358,8 +358,14 @@ def disk(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("free", [0, 4096, 24 << 10, 80 << 10])
+@pytest.mark.parametrize(
+    ("format", "free"),
+    [
+        pytest.param(format, free, marks=() if free == 24 << 10 else pytest.mark.slow)
+        for format in FORMATS
+        for free in (0, 4096, 24 << 10, 80 << 10)
+    ],
+)
 def test_a_disk_that_is_full(shared, arguments, disk: pathlib.Path, format: str, free: int):
     arguments = {**arguments, "output_dir": disk / "out", "format": format}
     planned = plan.plan(plan.Settings(**arguments))
@@ -382,7 +388,7 @@ def test_what_is_left_has_its_room_already(arguments, monkeypatch, tmp_path: pat
     merging.merge_checkpoints(**arguments)
 
 
-@pytest.mark.parametrize("nth", [40, 150], ids=["survey", "merge"])
+@pytest.mark.parametrize("nth", [40, 125], ids=["survey", "merge"])
 def test_a_read_error(shared, arguments, nth: int):
     def broken() -> OSError:
         return OSError(errno.EIO, os.strerror(errno.EIO))
