@@ -90,7 +90,8 @@ def test_object_storage_is_appended_to_only(tmp_path, monkeypatch):
     sink.abandon()
 
 
-def test_an_abandoned_file_is_kept_and_gone_on_with(path):
+def test_an_abandoned_file_is_kept_and_gone_on_with(tmp_path):
+    path = tmp_path / "file"
     sink = ByteSink(path)
     sink.write(3, memoryview(CONTENT))
     sink.abandon()
