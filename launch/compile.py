@@ -7,7 +7,8 @@ The same by gin, where all can be set (gin_configs/runs/compile.gin lists the ma
   python -m launch.compile --gin_file=gin_configs/models/64b.gin --gin_file=gin_configs/meshes/v5p-128.gin \
     --gin.MeshShape.fsdp=16 --gin.MeshShape.model=4 --gin.PROGRAMS='["train"]'
 
-It exits with code 1 where a program does not fit, and names the largest arrays.
+It exits with code 1 where a program does not fit, and names the largest arrays. Several such reports as one table:
+  python -m launch.compile --table=64b.v5p-128.json,64b.v5e-256.json
 
 The merge of each method and its survey passes, for one bfloat16 leaf that is sharded over all chips, without any data:
   python -m launch.compile --topology=v5e:16x16 --shape=66,8192,32768 --experts=8 --methods=ties,dare_ties \
@@ -31,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from launch import command, compile_model, devices, gin_config
+from launch import command, compile_model, compile_table, devices, gin_config
 from launch.topology import described_devices
 
 if TYPE_CHECKING:  # the library brings jax, which --help does without
@@ -56,6 +57,9 @@ def define_flags() -> None:
     flags.DEFINE_string("model", None, "A file of gin_configs/models without .gin, e.g. 64b.")
     flags.DEFINE_string("mesh", None, "A file of gin_configs/meshes without .gin, e.g. v5p-128.")
     flags.DEFINE_string("json", None, "File to save the figures in; default none.")
+    flags.DEFINE_list(
+        "table", None, "Saved reports of models: prints them as one table, and compiles nothing."
+    )
 
 
 def main(joined: devices.Processes) -> None:
@@ -63,6 +67,9 @@ def main(joined: devices.Processes) -> None:
     if joined.count > 1:
         raise ValueError("compiling is one process: leave out the coordinator and the counts")
     values = flags.FLAGS
+    if values.table:
+        print(compile_table.markdown(values.table))
+        return
     is_model = values.model or values.mesh or gin_config.GIN_FILE.value
     report, shortfalls = _of_a_model(values) if is_model else _of_a_leaf(values)
     if values.json:

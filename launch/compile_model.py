@@ -10,6 +10,8 @@ import collections
 import dataclasses
 import importlib.metadata
 import re
+import resource
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +86,7 @@ def compile_model(
     from merging.models.palm import Palm
     from merging.training.programs import PROGRAMS, Work, model_programs
 
+    started = time.perf_counter()
     unknown = set(programs) - {*PROGRAMS, "merge"}
     if unknown:
         raise ValueError(
@@ -124,6 +127,11 @@ def compile_model(
     if "merge" in programs:
         for name, found in _merges(network, devices, experts=experts, methods=methods):
             _add(report, name, found, chip, tokens=None)
+    # In KiB on Linux; this process alone, compiler included.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    seconds = time.perf_counter() - started
+    report["compiler"] = {"seconds": seconds, "peak_bytes": peak}
+    print(f"\ncompiled in {seconds:.0f} s, with at most {_size(peak)} of this machine's memory")
     return report
 
 

@@ -10,6 +10,9 @@ Several models, a sample of the examples, and each example on disk:
   python -m launch.evaluate --checkpoint=/data/a,/data/b --tasks=held_in_mini,held_out_mini --output=/data/scores \
     --gin.LIMIT=100 --gin.WRITE_EXAMPLES=True
 
+Tasks of lm-evaluation-harness (extra `peers`), its own or those defined in a folder; the output holds harness.json:
+  python -m launch.evaluate --checkpoint=/data/expert --harness_tasks=mine --harness_path=/data/definitions --output=/data/scores
+
 gin_configs/runs/evaluate.gin lists the macros, and --dry_run prints the plan. A run that was ended goes on by the same command.
 """
 
@@ -44,6 +47,12 @@ TASKS = flags.DEFINE_list(
     "Mixtures or tasks, with commas between; short for --gin.MIXTURE_OR_TASK_NAME.",
 )
 OUTPUT = flags.DEFINE_string("output", None, "Folder to be made; short for --gin.OUTPUT_DIR.")
+HARNESS_TASKS = flags.DEFINE_list(
+    "harness_tasks", None, "Tasks of lm-evaluation-harness, in place of ours."
+)
+HARNESS_PATH = flags.DEFINE_string(
+    "harness_path", None, "A folder with definitions of them; the harness's own are then not known."
+)
 
 
 def main(joined: devices.Processes) -> None:
@@ -51,7 +60,7 @@ def main(joined: devices.Processes) -> None:
     files, bindings = gin_config.shorthand(
         {
             "CHECKPOINTS": CHECKPOINT.value,
-            "MIXTURE_OR_TASK_NAME": TASKS.value,
+            "MIXTURE_OR_TASK_NAME": TASKS.value or HARNESS_TASKS.value,
             "OUTPUT_DIR": OUTPUT.value,
         },
         gin_config.GIN_FILE.value,
@@ -59,7 +68,10 @@ def main(joined: devices.Processes) -> None:
     )
     bindings += gin_config.GIN_BINDINGS.value
     resolved = configured(files, bindings, search_paths=gin_config.GIN_SEARCH_PATHS.value)
-    evaluate(resolved, joined, is_dry_run=gin_config.DRY_RUN.value)
+    if HARNESS_TASKS.value:
+        harness_evaluate(resolved, joined, HARNESS_PATH.value)
+    else:
+        evaluate(resolved, joined, is_dry_run=gin_config.DRY_RUN.value)
 
 
 def configured(
@@ -156,6 +168,32 @@ def evaluate(
     if is_shown:
         print(described(report, planned), flush=True)
     return report
+
+
+def harness_evaluate(
+    resolved: gin_config.Resolved, joined: devices.Processes, include_path: str | None
+) -> dict[str, Any]:
+    """Prints the harness's tables of its tasks; returns its results by model."""
+    from launch import harness
+    from tasks import vocabularies
+
+    asked, examples = resolved.arguments["settings"], resolved.arguments["examples"]
+    spec = with_vocabulary(resolved.arguments["tasks"], asked)["vocabulary"]
+    if spec is None:
+        from tasks.miniature import vocabulary
+
+        made = vocabulary()
+    else:
+        made = vocabularies.load(spec)
+    return harness.evaluate(
+        asked,
+        examples.mixture_or_task_name,
+        vocabulary=made,
+        include_path=include_path,
+        limit=examples.limit,
+        few_shot=examples.few_shot,
+        echo=print if joined.index == 0 else lambda text: None,
+    )
 
 
 def with_vocabulary(registered: Mapping[str, Any], asked: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """From what a model gave to scores: predictions, metrics, and the files that hold them.
 
-`scores.jsonl` has one line for each (model, task, prompt, metric). Lines are appended together for each (model, task, prompt), by one write,
-so that a run that was killed goes on behind its last whole group; what a kill left half written is taken off.
+`scores.jsonl` has one line for each (model, task, prompt, metric). What is appended appears whole or not at all, so that a run
+that was killed goes on behind its last whole task.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import dataclasses
 import gzip
 import json
 import math
-import os
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
 from etils import epath
 
+from merging.checkpoints.storage import put_file
 from merging.evaluation.examples import Task
 
 SCORES = "scores.jsonl"
@@ -67,6 +67,7 @@ class Result:
       scores: the metrics' values.
       predictions: numbers of choices, or texts; of a loss the texts' log-probabilities.
       choice_scores: of each example's choices, as they were compared; empty where the answer is generated.
+      is_greedy: of each choice, whether the model would have written it: no token is likelier than any of its tokens.
       ties: examples whose best choices had equal scores: the first of them counts.
     """
 
@@ -74,7 +75,8 @@ class Result:
     scores: Sequence[Score]
     predictions: Sequence[Any]
     choice_scores: Sequence[np.ndarray]
-    ties: int
+    is_greedy: Sequence[np.ndarray] = ()
+    ties: int = 0
 
     def records(self) -> Iterable[dict[str, Any]]:
         """Every example, for JSON lines."""
@@ -96,6 +98,7 @@ def result(
     model: str,
     *,
     log_probs: Sequence[np.ndarray] | None = None,
+    is_greedy: Sequence[np.ndarray] = (),
     unconditional: Sequence[np.ndarray] | None = None,
     texts: Sequence[str] | None = None,
     normalization: Normalization = "sum",
@@ -154,7 +157,12 @@ def result(
         if not name.endswith("_stderr")
     ]
     return Result(
-        task=task, scores=scores, predictions=predictions, choice_scores=choice_scores, ties=ties
+        task=task,
+        scores=scores,
+        predictions=predictions,
+        choice_scores=choice_scores,
+        is_greedy=is_greedy,
+        ties=ties,
     )
 
 
@@ -196,29 +204,13 @@ def losses(task: Task, log_probs: Sequence[float]) -> dict[str, float]:
 
 
 class ScoresFile:
-    """`scores.jsonl` of a folder: what is there, and more of it."""
+    """`scores.jsonl` of a folder: what is there, and more of it. One process writes it."""
 
     def __init__(self, path: epath.PathLike):
-        """Takes off what a kill left half written.
-
-        Raises ValueError for a line that is not a score.
-        """
+        """Reads what is there. Raises ValueError for a line that is not a score."""
         self.path = epath.Path(path)
-        self.scores = []
-        if not self.path.exists():
-            return
-        text = self.path.read_text()
-        whole, _, torn = text.rpartition("\n")
-        lines = whole.split("\n") if whole else []
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
         self.scores = [self._read(number, line) for number, line in enumerate(lines, 1)]
-        if torn:
-            # The lines before it may be of its group. What is too short to say so has no such lines whole before it: a group's are
-            # longer together than a page only where there are many.
-            while self.scores and _is_of_group(torn, self.scores[-1]):
-                self.scores.pop()
-            temporary = self.path.parent / (self.path.name + ".tmp")
-            temporary.write_text("".join(each.line() + "\n" for each in self.scores))
-            temporary.replace(self.path)
 
     def _read(self, number: int, line: str) -> Score:
         try:
@@ -237,22 +229,13 @@ class ScoresFile:
         return {_group(each) for each in self.scores}
 
     def append(self, results: Iterable[Result]) -> None:
-        """More scores, those of each task by one write, on disk when it returns."""
-        with open(os.fspath(self.path), "ab", buffering=0) as file:
-            for each in results:
-                file.write("".join(score.line() + "\n" for score in each.scores).encode())
-                self.scores += each.scores
-            os.fsync(file.fileno())
+        """More scores, all of them or, if this is killed, none. The file is put anew: a study's has some megabytes."""
+        self.scores += [score for each in results for score in each.scores]
+        _put_whole(self.path, "".join(score.line() + "\n" for score in self.scores).encode())
 
 
 def _group(score: Score) -> tuple[str, str, str]:
     return score.model, score.task, score.prompt
-
-
-def _is_of_group(torn: str, score: Score) -> bool:
-    """Whether a line, as far as it goes, may belong to a score's group."""
-    start = json.dumps({"model": score.model, "task": score.task, "prompt": score.prompt})[:-1]
-    return torn.startswith(start) or start.startswith(torn)
 
 
 def write_examples(folder: epath.Path, model: str, each: Result) -> None:
@@ -261,6 +244,11 @@ def write_examples(folder: epath.Path, model: str, each: Result) -> None:
     place.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in each.records())
     name = f"{each.task.name}_{each.task.prompt}.jsonl.gz"
-    temporary = place / (name + ".tmp")
-    temporary.write_bytes(gzip.compress(text.encode(), mtime=0))
-    temporary.replace(place / name)
+    _put_whole(place / name, gzip.compress(text.encode(), mtime=0))
+
+
+def _put_whole(path: epath.Path, content: bytes) -> None:
+    """In place of what is there, at once."""
+    temporary = path.parent / (path.name + ".tmp")
+    put_file(temporary, content)
+    temporary.replace(path)

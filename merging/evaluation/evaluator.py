@@ -433,7 +433,7 @@ class Evaluator:
         outputs: Sequence[Any],
         seconds: float,
     ) -> list[Result]:
-        sums, texts = self._collected(tasks, batches, outputs)
+        sums, unlikely, texts = self._collected(tasks, batches, outputs)
         costs = [self._task_cost(task) for task in tasks]
         total = sum(costs)
         results = []
@@ -448,6 +448,7 @@ class Evaluator:
             ends = np.cumsum(counts)
             mine = sums[offset : offset + self._slots(task)]
             log_probs = np.split(mine[: ends[-1]], ends[:-1])
+            is_greedy = np.split(unlikely[offset : offset + ends[-1]] == 0, ends[:-1])
             unconditional = None
             if self._is_unconditional(task):
                 places = {choice: i for i, choice in enumerate(_distinct(task))}
@@ -461,6 +462,7 @@ class Evaluator:
                     task,
                     model_id,
                     log_probs=log_probs,
+                    is_greedy=is_greedy,
                     unconditional=unconditional,
                     normalization=self.options.normalization,
                     seconds=share,
@@ -478,19 +480,22 @@ class Evaluator:
 
     def _collected(
         self, tasks: Sequence[Task], batches: Sequence[_Batch], outputs: Sequence[Any]
-    ) -> tuple[np.ndarray, list[list[int]]]:
-        """The log-probability of every choice, float64, and the tokens of every generated answer without their end."""
+    ) -> tuple[np.ndarray, np.ndarray, list[list[int]]]:
+        """Of every choice log-probability (float64) and how many of its tokens aren't the likeliest; of every generated answer its
+        tokens, without the end.
+        """
         counts: Mapping[bool, int] = collections.Counter()
         for task in tasks:
             counts[task.kind == "generate"] += self._slots(task)
-        sums = np.zeros(counts[False])
+        sums, unlikely = np.zeros(counts[False]), np.zeros(counts[False])
         texts: list[list[int]] = [[] for _ in range(counts[True])]
         for batch, out in zip(batches, outputs, strict=True):
             if batch.step.kind == "choices":
                 is_meant = batch.slots >= 0
-                sums += np.bincount(
-                    batch.slots[is_meant], weights=out[is_meant], minlength=len(sums)
-                )
+                slots = batch.slots[is_meant]
+                log_probs, is_likeliest = (each[is_meant] for each in out)
+                sums += np.bincount(slots, weights=log_probs, minlength=len(sums))
+                unlikely += np.bincount(slots, weights=~is_likeliest, minlength=len(sums))
                 continue
             tokens, lengths = out
             for row, slot in enumerate(batch.slots):
@@ -499,7 +504,7 @@ class Evaluator:
                     if found and found[-1] == batch.step.eos_id:
                         found.pop()
                     texts[slot] = found
-        return sums, texts
+        return sums, unlikely, texts
 
 
 def _of_model(outputs: Sequence[Any], number: int) -> list[Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import flax.struct
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from merging.evaluation.rows import PROMPT
 from merging.models.decoder import Decoder
@@ -37,8 +37,8 @@ def score(
     *,
     bidirectional: bool = False,
     vocabulary_chunks: int = 1,
-) -> Float[Array, "B N"]:
-    """log p of each target, float32, in nats.
+) -> tuple[Float[Array, "B N"], Bool[Array, "B N"]]:
+    """log p of each target, float32, in nats; and whether no token is likelier.
 
     Args:
       bidirectional: the prompt's tokens see one another in both directions (prefix-LM).
@@ -59,4 +59,4 @@ def score(
     read = jnp.take_along_axis(hidden, rows.reads[:, :, None], axis=1)
     table, scale = model.apply(variables, method="readout_table")
     scores = token_scores(read, table, rows.targets, logit_scale=scale, chunks=vocabulary_chunks)
-    return scores.log_probability
+    return scores.log_probability, scores.is_likeliest

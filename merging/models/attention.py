@@ -1,13 +1,12 @@
 """Rotary positions, who may see whom, and attention over grouped queries: the arithmetic that all families share.
 
 Letters: B batch, T queries, S keys, K key/value heads, G query heads that share one of them, h head width.
-Probabilities are computed in float32 whatever the activations' dtype. Keys may come in several blocks (what a cache holds, and
-the new ones), so that a decoding step never copies the cache.
+Probabilities are float32 whatever the activations' dtype. Keys may come in several blocks (what a cache holds, and the new
+ones), so that a decoding step never copies the cache.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -130,38 +129,28 @@ def attend(
     *,
     scale: float,
 ) -> Float[Array, "B T N h"]:
-    """softmax(scale * query . keys) . values over the keys of all blocks, each with the mask of who sees it.
-
-    The queries of all heads that share a key stand in one axis, heads outside, so that a product is one matrix product for each
-    row and key/value head, with nothing of the size of the probabilities transposed, and an axis of heads that is cut
-    over a mesh stays so. What the exponentials sum up to divides their product with the values, not each of them.
-    """
+    """softmax(scale * query . keys) . values over the keys of all blocks, each with the mask of who sees it."""
     B, T, N, h = query.shape
     K = blocks[0][0].keys.shape[2]
-    G = N // K
-    query = (query * jnp.asarray(scale, query.dtype)).reshape(B, T, K, G, h)
-    query = query.transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, h)
+    query = (query * jnp.asarray(scale, query.dtype)).reshape(B, T, K, N // K, h)
     logits = [
         jnp.where(
-            mask[:, None, None],
-            jnp.einsum("BKQh,BSKh->BKQS", query, keys, preferred_element_type=jnp.float32).reshape(
-                B, K, G, T, keys.shape[1]
-            ),
+            mask[:, :, None, None],
+            jnp.einsum("BTKGh,BSKh->BTKGS", query, keys, preferred_element_type=jnp.float32),
             jnp.finfo(jnp.float32).min,
         )
         for (keys, _), mask in blocks
     ]
-    most = functools.reduce(jnp.maximum, (jnp.max(each, -1, keepdims=True) for each in logits))
-    shares = [jnp.exp(each - jax.lax.stop_gradient(most)) for each in logits]
-    mixed = sum(
-        jnp.einsum(
-            "BKQS,BSKh->BKQh",
-            share.reshape(B, K, G * T, -1).astype(query.dtype),
-            values,
-            preferred_element_type=jnp.float32,
+    probabilities = jax.nn.softmax(jnp.concatenate(logits, axis=-1), axis=-1).astype(query.dtype)
+    ends = [block.keys.shape[1] for block, _ in blocks][:-1]
+    mixed = [
+        jnp.einsum("BTKGS,BSKh->BTKGh", part, values)
+        for part, ((_, values), _) in zip(
+            jnp.split(probabilities, _cumulative(ends), axis=-1), blocks, strict=True
         )
-        for share, ((_, values), _) in zip(shares, blocks, strict=True)
-    )
-    total = sum(jnp.sum(share, -1) for share in shares)
-    mixed = mixed.reshape(B, K, G, T, h) / total[..., None]
-    return mixed.transpose(0, 3, 1, 2, 4).reshape(B, T, N, h).astype(query.dtype)
+    ]
+    return sum(mixed[1:], mixed[0]).reshape(B, T, N, h)
+
+
+def _cumulative(sizes: Sequence[int]) -> list[int]:
+    return [sum(sizes[: i + 1]) for i in range(len(sizes))]

@@ -99,6 +99,7 @@ def test_stopped_and_gone_on_gives_the_same_bits(
     same_bits(tmp_path / "out", whole)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_upon_another_mesh(whole: pathlib.Path, tmp_path: pathlib.Path):
     settings: dict[str, Any] = {"checkpoint_every": 4, "validate_every": 6}
     with pytest.raises(Interrupted):
@@ -114,6 +115,7 @@ damages = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWa
 
 
 @damages
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(
     whole: pathlib.Path, tmp_path: pathlib.Path
 ):
@@ -134,6 +136,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(
 
 
 @damages
+@pytest.mark.slow
 def test_nothing_but_damaged_checkpoints_is_an_error(tmp_path: pathlib.Path):
     with pytest.raises(Interrupted):
         runs.run(tmp_path / "out", should_stop=lambda step: step == 1)
@@ -142,6 +145,7 @@ def test_nothing_but_damaged_checkpoints_is_an_error(tmp_path: pathlib.Path):
         runs.run(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_with_other_settings_is_refused(tmp_path: pathlib.Path):
     with pytest.raises(Interrupted):
         runs.run(tmp_path / "out", should_stop=lambda step: step == 1)
@@ -152,6 +156,7 @@ def test_an_unfinished_run_with_other_settings_is_refused(tmp_path: pathlib.Path
 # ---- several experts ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_experts_at_once_are_those_of_runs_of_their_own(tmp_path: pathlib.Path):
     mixtures = [runs.mixture(name, seed) for seed, name in enumerate(("a", "b"))]
     runs.run(tmp_path / "apart", mixtures)
@@ -173,6 +178,7 @@ def test_experts_at_once_are_those_of_runs_of_their_own(tmp_path: pathlib.Path):
     assert not np.allclose(first, second)
 
 
+@pytest.mark.slow
 def test_experts_that_were_done_are_not_trained_again(tmp_path: pathlib.Path):
     mixtures = [runs.mixture(name, seed) for seed, name in enumerate(("a", "b"))]
     steps = []
@@ -213,6 +219,7 @@ def test_a_checkpoint_of_another_model_is_refused(whole: pathlib.Path, tmp_path:
 # ---- options -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_frozen_parameters_stay_and_have_no_state(whole: pathlib.Path, tmp_path: pathlib.Path):
     runs.run(
         tmp_path / "out",
@@ -232,6 +239,7 @@ def test_frozen_parameters_stay_and_have_no_state(whole: pathlib.Path, tmp_path:
         runs.run(tmp_path / "wrong", frozen=("tokens",))
 
 
+@pytest.mark.slow
 def test_averages_are_those_of_the_steps(tmp_path: pathlib.Path):
     each = []
     for steps in (1, 2, 3):
@@ -247,6 +255,7 @@ def test_averages_are_those_of_the_steps(tmp_path: pathlib.Path):
         np.testing.assert_allclose(found, wanted, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_best_on_validation_is_taken_and_a_run_without_hope_ends(tmp_path: pathlib.Path):
     found = iter([3.0, 1.0, 2.0, 2.5, 9.0])
     schedule = optax.constant_schedule(1e-2)

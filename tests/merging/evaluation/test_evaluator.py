@@ -135,7 +135,13 @@ def test_scores_are_the_metrics_of_predictions_and_ratios_of_losses(results):
     assert bits.value == pytest.approx(total / np.log(2) / nbytes)
 
 
-@pytest.mark.parametrize("shape", [MeshShape(data=2, fsdp=2, model=2), MeshShape(data=8)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        MeshShape(data=2, fsdp=2, model=2),
+        pytest.param(MeshShape(data=8), marks=pytest.mark.slow),
+    ],
+)
 def test_a_mesh_gives_the_same(results, shape: MeshShape):
     meshed = Evaluator(MODEL, TASKS, mesh=shape.mesh(), options=OPTIONS)(params(), "a")
     assert_same(meshed, results)

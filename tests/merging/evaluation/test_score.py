@@ -106,7 +106,7 @@ def test_choices_score_as_alone(
     params = nn.unbox(boxed)
     rows, slots = batch(row_length)
     step = functools.partial(score, model, bidirectional=bidirectional, vocabulary_chunks=chunks)
-    found = jax.jit(step)(params, rows)
+    found, _ = jax.jit(step)(params, rows)
     wanted = alone(model, params, bidirectional=bidirectional)
     np.testing.assert_allclose(summed(found, slots), wanted, atol=2e-5)
 
@@ -117,10 +117,10 @@ def test_a_mesh_scores_the_same():
     rows, slots = batch()
     step = functools.partial(score, model)
     params = nn.unbox(boxed)
-    wanted = summed(jax.jit(step)(params, rows), slots)
+    wanted = summed(jax.jit(step)(params, rows)[0], slots)
     mesh = MeshShape(data=2, fsdp=2, model=2).mesh()
     with partitioning.use(mesh):
         placed = jax.device_put(params, partitioning.shardings(boxed, mesh))
         rows = jax.device_put(rows, partitioning.batch_shardings(rows, mesh))
-        found = jax.jit(step)(placed, rows)
+        found, _ = jax.jit(step)(placed, rows)
     np.testing.assert_allclose(summed(found, slots), wanted, atol=2e-5)

@@ -23,7 +23,7 @@ from merging.partitioning import MeshShape
 
 pytestmark = [pytest.mark.real, pytest.mark.peers, pytest.mark.slow]
 
-TOLERANCES = {"smollm2": 1e-2, "gemma3": 5e-2}
+TOLERANCES = {"smollm2": 2e-3, "gemma3": 5e-2}
 NEAR_TIE = 1e-4  # of logits: which of two comes first is then a matter of the order of sums
 PROMPTS = [
     "One, two, three,",
