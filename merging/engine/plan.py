@@ -90,6 +90,7 @@ class Plan:
       merges: method by name; a single one is named "".
       outputs: folder by the same names: the output itself for "", else folders in it.
       specs: leaves of the output, in storage order.
+      stacked: which leaves hold a layer an index, and along which axis.
       selection: what is merged, and with which settings.
       tensors: of each leaf, those that are merged and those that are kept; none of a leaf that all must share.
       limit: elements of the largest piece.
@@ -109,6 +110,7 @@ class Plan:
     outputs: Mapping[str, epath.Path]
     specs: Mapping[str, LeafSpec]
     base_specs: Mapping[str, LeafSpec]
+    stacked: Stacked
     selection: Selection
     tensors: Mapping[str, Sequence[Tensor]]
     limit: int
@@ -265,6 +267,7 @@ def plan(settings: Settings) -> Plan:
             outputs=outputs,
             specs=specs,
             base_specs=base_specs,
+            stacked=stacked,
             selection=selection,
             tensors=tensors,
             limit=limit,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -23,6 +24,8 @@ from merging.methods.dare_ties import DareTies
 from merging.methods.method import Method
 from merging.methods.task_arithmetic import TaskArithmetic
 from merging.methods.ties import Ties
+from merging.models import model_file
+from merging.models.palm import PalmConfig
 from merging.paths import canonical
 from tests import models
 from tests.oracle import float32 as oracle
@@ -226,6 +229,25 @@ def test_stacked_layers_change_nothing(
             _stacked(base, axis), [_stacked(e, axis) for e in experts], method, stacked=stacked
         )
         assert models.same_bits(resident, want), name
+
+
+def test_what_the_base_says_of_its_model_goes_along(four, tmp_path: pathlib.Path):
+    base, experts, _ = four
+    folders = models.save_all(tmp_path, _stacked(base, 0), [_stacked(e, 0) for e in experts])
+    config = PalmConfig(
+        vocab_size=16, embed_dim=8, num_layers=3, num_heads=2, head_dim=4, mlp_dim=16
+    )
+    model_file.write(folders["base"], config, {"model/layers/*": 0}, None)
+    merging.merge_checkpoints(
+        **folders,
+        output_dir=tmp_path / "out",
+        methods={"ties": Ties(), "dare": Dare()},
+        output_dtype="bfloat16",
+    )
+    for name in ("ties", "dare"):
+        found = model_file.read(tmp_path / "out" / name)
+        assert found.config == dataclasses.replace(config, param_dtype="bfloat16")
+        assert found.stacked == {"model/layers/*": 0}
 
 
 def test_a_wrong_sample_costs_a_read_and_nothing_else(

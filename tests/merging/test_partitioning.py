@@ -120,7 +120,9 @@ def test_a_mesh_may_lack_axes_that_rules_name():
 
 def test_an_axis_without_a_rule_is_refused():
     leaf = nn.LogicallyPartitioned(jnp.zeros(4), names=("depth",))
-    with pytest.raises(ValueError, match="there is no rule for depth: known are experts, batch, vocab"):
+    with pytest.raises(
+        ValueError, match="there is no rule for depth: known are experts, batch, vocab"
+    ):
         partitioning.shardings({"w": leaf}, MESHES["v4-8"].abstract())
 
 
