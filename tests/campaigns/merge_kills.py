@@ -1,6 +1,6 @@
 """Merges and conversions killed at random instants (SIGKILL), and gone on with: do they end with the same bytes?
 
-    JAX_PLATFORMS=cpu python -m tests.campaigns.kills --kills=50 --seed=0
+    JAX_PLATFORMS=cpu python -m tests.campaigns.merge_kills --kills=50 --seed=0
 
 Each kill takes one of the cases (formats x methods, conversions among them) in turn, in a random order. A run of each case that
 nothing breaks tells what is wanted, how long it takes, and how often it comes by a hook: reads of pieces, writes, syncs,
