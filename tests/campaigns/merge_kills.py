@@ -9,9 +9,10 @@ first), or, every other time, at a random share of the time. A third of the runs
 
   - the output's files are those of the unbroken run, byte for byte (an OCDBT database names its files at random: its
     arrays), the manifest's checksums the same, the statistics to 1e-9;
-  - no piece that was in the journal and in the store was computed again (safetensors: as many kept as the journal has);
-  - at no moment was there an output without its manifest, and what lay in the staging folder could not be opened, which
-    a thread looks at all the time.
+  - no piece of the journal was computed again: of safetensors none at all; of arrays in chunks none of a leaf that was
+    finished, but for what two batches of a database hold;
+  - a reader at every kill, and a thread that looks all the time, saw no output without its manifest, and could open
+    nothing of what lay in the staging folder.
 
 The command prints what was killed when, and exits with 1 if anything is not so. Runs are processes forked from one that has
 imported everything, with compiled programs in a cache, so that most of their time is the merge's own.
@@ -24,6 +25,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import multiprocessing
 import os
 import pathlib
@@ -43,8 +45,9 @@ import numpy as np
 from merging import convert, manifest
 from merging import merge as merging_stage
 from merging.checkpoints import FORMATS, boxes, open_checkpoint, orbax, tree_writer
+from merging.checkpoints.checksums import box_text
 from merging.checkpoints.format import CheckpointError
-from merging.engine import journal, pieces, stream, workers
+from merging.engine import journal, output, pieces, stream, workers
 from merging.engine.plan import Settings, plan
 from merging.methods.averaging import Averaging
 from merging.methods.dare import Dare
@@ -68,6 +71,9 @@ CONVERT = "convert"
 KINDS = (*METHODS, ALL, CONVERT)
 FORMATS_HERE = (*FORMATS, "orbax_zarr")
 IN_DATABASE = ("orbax", "t5x_orbax")
+IN_HEADER = ("model/scalar",)  # of T5X: kept in memory until the file of all metadata is written
+
+Pieces = set[tuple[str, str]]  # (leaf, box)
 
 LAYERS = 12
 SHAPES = {"model/embed_tokens/weight": (512, 96), "model/scalar": ()} | {
@@ -79,6 +85,7 @@ PIECE_ELEMENTS = 1 << 11  # so that there are some hundred pieces of each leaf's
 BATCH_BYTES = 1 << 17  # of a database: some commits in each run
 SHARD_BYTES = 300_000
 TIMEOUT_S = 120
+COMPUTED = "computed"  # a file beside the output: the pieces that its last run computed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +180,14 @@ def _job(case: Case, folder: pathlib.Path, inputs: Mapping[str, Any], cache: str
     tree_writer.BATCH_BYTES = BATCH_BYTES
     workers.SECONDS_BETWEEN_REPORTS = 0.001
     jax.devices()
-    (folder / "log").write_text("")
+    put = output.Outputs.put
+    computed = os.open(folder / COMPUTED, os.O_WRONLY | os.O_APPEND)
+
+    def noted(outputs: Any, piece: pieces.Piece, *arguments: Any) -> None:
+        os.write(computed, f"{piece.tensor.leaf.name} {box_text(piece.index)}\n".encode())
+        put(outputs, piece, *arguments)
+
+    output.Outputs.put = noted
 
     def at(name: str) -> None:
         phase.value = name.encode()
@@ -187,15 +201,11 @@ def _job(case: Case, folder: pathlib.Path, inputs: Mapping[str, Any], cache: str
 
         setattr(owner, name, told)
 
-    def log(text: str) -> None:
-        with open(folder / "log", "a") as file:
-            file.write(text + "\n")
-
     hooks = _Hooks(folder, kill_at)
     hooks.install()
     begun.set()
     started = time.perf_counter()
-    options = {"progress": lambda name, *_: at(name), "log": log}
+    options = {"progress": lambda name, *_: at(name)}
     if case.kind == CONVERT:
         settings = convert.Settings(
             input=inputs["base"],
@@ -261,29 +271,53 @@ class Campaign:
         whole = self.unbroken(case)
         folder = self._folder(case, "broken")
         shutil.rmtree(folder, ignore_errors=True)
-        told = []
+        told: list[str] = []
+        kill = True
         with watched(folder / "out") as seen:
             while True:
                 share = self.random.random()
+                finished = self._finished(case)
                 phase = self._run(
                     case,
                     "broken",
-                    kill_at=None if by_clock else 1 + int(share * whole.ticks),
-                    kill_after_s=share * whole.seconds if by_clock else None,
+                    kill_at=1 + int(share * whole.ticks) if kill and not by_clock else None,
+                    kill_after_s=share * whole.seconds if kill and by_clock else None,
                 )
-                there = journaled(folder)
-                told.append(f"{phase} ({there} of {whole.pieces} pieces in the journal)")
-                if phase == "ended" or self.random.random() > 1 / 3:
+                self._check_not_again(case, finished)
+                if phase != "ended":
+                    seen += taken_for_whole(folder / "out")
+                    there = len(journaled(folder))
+                    told.append(f"{phase} ({there} of {whole.pieces} pieces in the journal)")
+                    kill = self.random.random() < 1 / 3
+                elif told:
                     break
-            if phase != "ended":
-                assert "killed" in phase
-                self._run(case, "broken")
+                else:  # before its hour
+                    shutil.rmtree(folder)
         assert not seen, f"{case}: {seen[0]}"
-        ended = self._report(case, "broken")
-        if case.format == "safetensors" and phase not in ("ended", "killed in commit"):
-            assert ended.kept == there, f"{case}: kept {ended.kept} of the journal's {there} pieces"
         same(self._folder(case, "whole") / "out", folder / "out", case)
-        return f"{case}: {', again '.join(told)}; {ended.kept} kept"
+        return f"{case}: {', again '.join(told)}; {self._report(case, 'broken').kept} kept"
+
+    def _finished(self, case: Case) -> Pieces:
+        """Those pieces of a run that was killed that are in the output: journaled, and where leaves are chunks, all of a leaf."""
+        found = journaled(self._folder(case, "broken"))
+        if case.format == "safetensors":
+            return found
+        wanting = {leaf for leaf, _ in computed(self._folder(case, "whole")) - found}
+        wanting.update(IN_HEADER if case.format == "t5x" else ())
+        return {piece for piece in found if piece[0] not in wanting}
+
+    def _check_not_again(self, case: Case, finished: Pieces) -> None:
+        """Raises AssertionError if the last run computed a finished piece, but for what may have been in memory."""
+        again = finished & computed(self._folder(case, "broken"))
+        if case.format not in IN_DATABASE:
+            assert not again, f"{case}: {len(again)} finished pieces were computed again"
+        outputs = len(METHODS) if case.kind == ALL else 1
+        largest = 4 * max(math.prod(shape) for shape in SHAPES.values())
+        nbytes = sum(
+            4 * math.prod(SHAPES[leaf]) for leaf in {leaf for leaf, _ in again} & SHAPES.keys()
+        )
+        limit = outputs * 2 * (BATCH_BYTES + largest)
+        assert nbytes <= limit, f"{case}: leaves of {nbytes} bytes were computed again"
 
     def _folder(self, case: Case, what: str) -> pathlib.Path:
         return self.folder / f"{case.format}_{case.kind}" / what
@@ -302,6 +336,7 @@ class Campaign:
         """Runs a case in a process of its own; returns in which phase it was killed, or "ended"."""
         folder = self._folder(case, what)
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / COMPUTED).write_text("")
         phase, begun = self._processes.Array("c", 64), self._processes.Event()
         phase.value = b"start"
         cache = str(self.folder / "cache")
@@ -326,34 +361,44 @@ class Campaign:
         return f"killed in {phase.value.decode()}"
 
 
-def journaled(folder: pathlib.Path) -> int:
-    """How many pieces are in the journal of a run that was killed."""
+def journaled(folder: pathlib.Path) -> Pieces:
+    """What is in the journal of a run that was killed."""
     _, records = journal.read(journal.file_of(folder / "out.partial", 0))
-    return sum("leaf" in record for record in records)
+    return {(record["leaf"], record["box"]) for record in records if "leaf" in record}
+
+
+def computed(folder: pathlib.Path) -> Pieces:
+    """What the last run computed."""
+    lines = (folder / COMPUTED).read_text().splitlines()
+    return {(leaf, box) for leaf, _, box in (line.partition(" ") for line in lines)}
+
+
+def taken_for_whole(output: pathlib.Path) -> list[str]:
+    """What a reader that comes now could take for an output, though it is but a part."""
+    staging = output.parent / f"{output.name}.partial"
+    found = []
+    if output.exists() and not (output / manifest.MANIFEST).exists():
+        found.append("an output without its manifest")
+    for folder in (staging, *(staging / name for name in METHODS)):
+        try:
+            open_checkpoint(folder).close()
+        except (CheckpointError, OSError):
+            continue  # refused, or gone meanwhile
+        # Whole from its manifest on, in one of these places.
+        if not any((each / manifest.MANIFEST).exists() for each in (staging, output)):
+            found.append(f"{folder.name} could be opened")
+    return found
 
 
 @contextlib.contextmanager
 def watched(output: pathlib.Path) -> Iterator[list[str]]:
     """Looks all the time for a moment at which a part could be taken for the whole; gives what it saw."""
-    staging = output.parent / f"{output.name}.partial"
     seen: list[str] = []
     stopped = threading.Event()
 
-    def look() -> None:
-        if output.exists() and not (output / manifest.MANIFEST).exists():
-            seen.append("an output without its manifest")
-        for folder in (staging, *(staging / name for name in METHODS)):
-            try:
-                open_checkpoint(folder).close()
-            except (CheckpointError, OSError):
-                continue  # refused, or gone meanwhile
-            # Between the marker's end and the rename it is whole.
-            if any((each / manifest.MARKER).exists() for each in (folder, folder.parent)):
-                seen.append(f"{folder.name} could be opened")
-
     def watch() -> None:
-        while not stopped.is_set():
-            look()
+        while not stopped.wait(0.001):
+            seen.extend(taken_for_whole(output))
 
     thread = threading.Thread(target=watch)
     thread.start()
