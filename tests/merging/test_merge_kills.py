@@ -9,7 +9,7 @@ from tests.campaigns import merge_kills
 
 @pytest.fixture(scope="module")
 def campaign(tmp_path_factory: pytest.TempPathFactory) -> merge_kills.Campaign:
-    return merge_kills.Campaign(tmp_path_factory.mktemp("kills"), seed=0, is_timed=False)
+    return merge_kills.Campaign(tmp_path_factory.mktemp("kills"), seed=0)
 
 
 @pytest.mark.slow
