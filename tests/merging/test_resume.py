@@ -37,12 +37,14 @@ class Stopped(BaseException):
     """What stops a run in these tests, as Ctrl-C would."""
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="module")
+def small() -> Iterator[None]:
     """Many pieces, and databases that commit each of them."""
-    monkeypatch.setattr("merging.engine.pieces.PIECE_ELEMENTS", 512)
-    monkeypatch.setattr(convert, "PIECE_ELEMENTS", 512)
-    monkeypatch.setattr(tree_writer, "BATCH_BYTES", 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("merging.engine.pieces.PIECE_ELEMENTS", 512)
+        patch.setattr(convert, "PIECE_ELEMENTS", 512)
+        patch.setattr(tree_writer, "BATCH_BYTES", 1)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +60,32 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], pa
 @pytest.fixture
 def arguments(shared, tmp_path: pathlib.Path) -> dict[str, Any]:
     """Of a merge whose inputs may be changed."""
-    for folder in (shared[0]["base"], *shared[0]["experts"]):
-        shutil.copytree(folder, tmp_path / pathlib.Path(folder).name)
+    return copied(shared[0], tmp_path)
+
+
+@pytest.fixture(scope="module")
+def half(shared, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """What a merge left that was stopped in its midst."""
+    arguments = copied(shared[0], tmp_path_factory.mktemp("half"))
+    stop(arguments)
+    return arguments["output_dir"].with_name("out.partial")
+
+
+@pytest.fixture
+def stopped(half: pathlib.Path, arguments) -> dict[str, Any]:
+    """Arguments of a merge that was stopped in its midst."""
+    shutil.copytree(half, arguments["output_dir"].with_name("out.partial"))
+    return arguments
+
+
+def copied(inputs: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
+    """Arguments of a merge in a folder, of copies that are as old as the inputs."""
+    for each in (inputs["base"], *inputs["experts"]):
+        shutil.copytree(each, folder / pathlib.Path(each).name)
     return {
-        "base": tmp_path / "base",
-        "experts": [tmp_path / "expert_0", tmp_path / "expert_1"],
-        "output_dir": tmp_path / "out",
+        "base": folder / "base",
+        "experts": [folder / "expert_0", folder / "expert_1"],
+        "output_dir": folder / "out",
         "methods": METHODS,
     }
 
@@ -130,9 +152,8 @@ def test_a_stopped_merge_goes_on(shared, arguments, format: str, tmp_path: pathl
     assert (told["pieces"], told["pieces_resumed"]) == (report.pieces, report.pieces_resumed)
 
 
-def test_statistics_are_those_of_an_unbroken_run(shared, arguments, tmp_path: pathlib.Path):
-    stop(arguments)
-    merging.merge_checkpoints(**arguments)
+def test_statistics_are_those_of_an_unbroken_run(shared, stopped, tmp_path: pathlib.Path):
+    merging.merge_checkpoints(**stopped)
     found, wanted = (
         json.loads((folder / "ties/statistics.json").read_text())["model"]
         for folder in (tmp_path / "out", shared[1])
@@ -156,39 +177,35 @@ def test_stopped_again_and_again(shared, arguments):
     check(arguments, shared[1])
 
 
-def test_with_more_memory_pieces_stay_as_they_were_cut(shared, arguments, monkeypatch):
-    stop(arguments)
+def test_with_more_memory_pieces_stay_as_they_were_cut(shared, stopped, monkeypatch):
     monkeypatch.setattr("merging.engine.pieces.PIECE_ELEMENTS", 1024)
-    assert merging.merge_checkpoints(**arguments).pieces_resumed > 0
-    check(arguments, shared[1])
+    assert merging.merge_checkpoints(**stopped).pieces_resumed > 0
+    check(stopped, shared[1])
 
 
-def test_with_less_memory_all_is_computed_again(shared, arguments, monkeypatch):
-    stop(arguments)
+def test_with_less_memory_all_is_computed_again(shared, stopped, monkeypatch):
     monkeypatch.setattr("merging.engine.pieces.PIECE_ELEMENTS", 64)
-    merging.merge_checkpoints(**arguments)
-    check(arguments, shared[1])
+    merging.merge_checkpoints(**stopped)
+    check(stopped, shared[1])
 
 
 def test_a_piece_whose_bytes_are_not_what_they_were_is_computed_again(
-    shared, arguments, tmp_path: pathlib.Path
+    shared, stopped, tmp_path: pathlib.Path
 ):
-    stop(arguments)
     file = tmp_path / "out.partial/ties/model.safetensors"
     content = bytearray(file.read_bytes())
     begin = 8 + int.from_bytes(content[:8], "little")
     content[begin + 10] ^= 1
     file.write_bytes(content)
     before = len(journal.read(tmp_path / "out.partial/journal.0.jsonl")[1]) - 2
-    assert merging.merge_checkpoints(**arguments).pieces_resumed == before - 1
-    check(arguments, shared[1])
+    assert merging.merge_checkpoints(**stopped).pieces_resumed == before - 1
+    check(stopped, shared[1])
 
 
 @pytest.mark.parametrize("damage", ["torn", "flipped", "header"])
 def test_a_damaged_journal_counts_as_far_as_it_is_whole(
-    shared, arguments, tmp_path: pathlib.Path, damage: str
+    shared, stopped, tmp_path: pathlib.Path, damage: str
 ):
-    stop(arguments)
     path = tmp_path / "out.partial/journal.0.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     if damage == "torn":
@@ -198,8 +215,8 @@ def test_a_damaged_journal_counts_as_far_as_it_is_whole(
         lines[at] = lines[at].replace(b'"', b"'", 1)
         path.write_bytes(b"".join(lines))
     left = {"torn": len(lines) - 3, "flipped": 8, "header": 0}[damage]
-    assert merging.merge_checkpoints(**arguments).pieces_resumed == left
-    check(arguments, shared[1])
+    assert merging.merge_checkpoints(**stopped).pieces_resumed == left
+    check(stopped, shared[1])
 
 
 def test_an_output_that_lacks_only_its_name_gets_it(shared, arguments):
@@ -242,32 +259,29 @@ def test_a_stopped_conversion_goes_on(shared, format: str, tmp_path: pathlib.Pat
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_a_journal_of_other_settings_is_refused(
-    shared, arguments, tmp_path: pathlib.Path, change: dict, message: str
+    shared, stopped, tmp_path: pathlib.Path, change: dict, message: str
 ):
-    stop(arguments)
     match = rf"out\.partial holds the unfinished output of another run.*{message}.*remove .* anew"
     with pytest.raises(OutputError, match=match):
-        merging.merge_checkpoints(**{**arguments, **change})
-    assert merging.merge_checkpoints(**arguments).pieces_resumed > 0, "nothing is lost by it"
-    check(arguments, shared[1])
+        merging.merge_checkpoints(**{**stopped, **change})
+    assert merging.merge_checkpoints(**stopped).pieces_resumed > 0, "nothing is lost by it"
+    check(stopped, shared[1])
 
 
-def test_a_journal_of_other_inputs_is_refused(arguments):
-    stop(arguments)
-    os.utime(arguments["experts"][1] / "model.safetensors", ns=(1, 1))
+def test_a_journal_of_other_inputs_is_refused(stopped):
+    os.utime(stopped["experts"][1] / "model.safetensors", ns=(1, 1))
     with pytest.raises(OutputError, match=r"experts\[1\] has changed"):
-        merging.merge_checkpoints(**arguments)
+        merging.merge_checkpoints(**stopped)
 
 
-def test_a_journal_of_another_version_of_the_code_is_refused(arguments, monkeypatch):
-    stop(arguments)
+def test_a_journal_of_another_version_of_the_code_is_refused(stopped, monkeypatch):
     now = manifest.environment()
     monkeypatch.setattr(manifest, "environment", lambda: {**now, "code": "0" * 64})
     with pytest.raises(OutputError, match="code has changed"):
-        merging.merge_checkpoints(**arguments)
+        merging.merge_checkpoints(**stopped)
     monkeypatch.setattr(manifest, "environment", lambda: {**now, "processes": 2})
     with pytest.raises(OutputError, match="processes was 1, is 2"):
-        merging.merge_checkpoints(**arguments)
+        merging.merge_checkpoints(**stopped)
 
 
 def test_one_run_at_a_time(shared, arguments):
@@ -326,9 +340,13 @@ FULL = {
     "the end": ("fsync", "out.partial", 0),
 }
 
+BEFORE_THE_MERGE = ("the journal's beginning", "after the survey", "a file's beginning")
+
 
 @pytest.mark.parametrize("phase", FULL)
-def test_a_full_disk_in_every_phase(shared, arguments, phase: str, monkeypatch):
+def test_a_full_disk_in_every_phase(shared, arguments, half, phase: str, monkeypatch):
+    if phase not in BEFORE_THE_MERGE:
+        shutil.copytree(half, arguments["output_dir"].with_name("out.partial"))
     monkeypatch.setattr("merging.engine.workers.SECONDS_BETWEEN_REPORTS", 0.001)
     said: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
@@ -361,7 +379,9 @@ def disk(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
 @pytest.mark.parametrize(
     ("format", "free"),
     [
-        pytest.param(format, free, marks=() if free == 24 << 10 else pytest.mark.slow)
+        pytest.param(
+            format, free, marks=() if (format, free) == ("orbax", 24 << 10) else pytest.mark.slow
+        )
         for format in FORMATS
         for free in (0, 4096, 24 << 10, 80 << 10)
     ],
@@ -401,8 +421,17 @@ def test_a_read_error(shared, arguments, nth: int):
     check(arguments, shared[1])
 
 
-@pytest.mark.parametrize("how", ["changes", "shrinks", "vanishes"])
-@pytest.mark.parametrize("nth", [60, 125], ids=["survey", "merge"])
+@pytest.mark.parametrize(
+    ("how", "nth"),
+    [
+        pytest.param("changes", 60, id="changes-survey", marks=pytest.mark.slow),
+        pytest.param("changes", 125, id="changes-merge"),
+        pytest.param("shrinks", 60, id="shrinks-survey"),
+        pytest.param("shrinks", 125, id="shrinks-merge", marks=pytest.mark.slow),
+        pytest.param("vanishes", 60, id="vanishes-survey", marks=pytest.mark.slow),
+        pytest.param("vanishes", 125, id="vanishes-merge"),
+    ],
+)
 def test_a_source_that_does_not_stay(
     shared, arguments, how: str, nth: int, monkeypatch, tmp_path: pathlib.Path
 ):
