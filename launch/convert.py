@@ -11,7 +11,8 @@ The same by gin, where everything can be set (gin_configs/runs/convert.gin lists
   python -m launch.convert --gin_file=gin_configs/runs/convert.gin --gin.INPUT='"/data/model"' \
     --gin.OUTPUT_DTYPE='"bfloat16"' --gin.OUTPUT_DIR='"/data/model_bfloat16"'
 
-The same command again returns at once where the output is done, and goes on where it was killed; --dry_run checks the input and prints the plan.
+The same command again returns at once where the output is done, and goes on where an earlier one was killed or failed.
+--dry_run checks the input and prints the plan.
 """
 
 from __future__ import annotations

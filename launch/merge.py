@@ -13,7 +13,8 @@ Many merges from one read, each into its own folder below the output:
     --gin.METHODS='{"ties": @Ties(), "sparse": @sparse/Ties(), "sum": @TaskArithmetic()}' \
     --gin.sparse/Ties.density=0.05
 
-The same command again returns at once where the output is done, and goes on where it was killed; --dry_run checks the inputs and prints the plan.
+The same command again returns at once where the output is done, and goes on where an earlier one was killed or failed.
+--dry_run checks the inputs and prints the plan.
 """
 
 from __future__ import annotations

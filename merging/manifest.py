@@ -28,9 +28,8 @@ from merging.checkpoints.format import UNFINISHED_FILE
 from merging.checkpoints.storage import is_local, put_file, sync
 
 MANIFEST = "manifest.json"
-MARKER = (
-    UNFINISHED_FILE  # in a staging folder from its first moment: shows that it is ours to remove
-)
+# In a staging folder from its first moment: shows that it is ours to go on with, or to remove.
+MARKER = UNFINISHED_FILE
 JOURNALS = "journal.*.jsonl"  # beside it; see `engine.journal`
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # what file systems without locks say
 _DIGEST = re.compile("[0-9a-f]{64}")
@@ -76,16 +75,10 @@ class Staging:
         output.
         """
         self._hold()
-        text = (self.folder / MARKER).read_text()
-        if not text or (if_there is not None and not if_there.exists()):  # killed before it began
+        then = self._marked()
+        if then is None or (if_there is not None and not if_there.exists()):
             self.create(what)
             return False
-        try:
-            then = json.loads(text)
-        except ValueError as error:
-            raise OutputError(
-                f"{self.folder / MARKER} can't be read: {error}; remove {self.folder}"
-            ) from error
         refuse_other(self.folder, then, what)
         return True
 
@@ -165,6 +158,13 @@ class Staging:
 
     def _mark(self, what: Mapping[str, Any]) -> None:
         put_file(self.folder / MARKER, json.dumps(what, indent=1).encode())
+
+    def _marked(self) -> Any:
+        """What the marker says; None where a run was stopped before it was whole, and so before anything else was there."""
+        try:
+            return json.loads((self.folder / MARKER).read_text())
+        except ValueError:
+            return None
 
     def _clear(self) -> None:
         """Removes all but the marker, which goes last: what lies in a folder without one is not ours."""

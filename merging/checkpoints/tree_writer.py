@@ -409,10 +409,10 @@ class DatabaseStore:
 
     def flush(self) -> None:
         with self._lock:
-            if (
-                self._store is None
-            ):  # an empty database, so that the folder is that of a process that wrote
-                self._store = self._open()
+            if self._store is None:
+                self._store = (
+                    self._open()
+                )  # empty, so that the folder is that of a process that wrote
             self._submit()
             self._wait()
         self._pool.shutdown()

@@ -207,15 +207,13 @@ def kept(
             check()
         except CheckpointError:
             is_unchanged = False
-        except (
-            OSError
-        ):  # the disk, of which `error` tells; what was not written down is computed again
-            pass
+        except OSError:
+            pass  # the disk, of which `error` tells; what was not written down is computed again
         if isinstance(error, ValueError) and is_unchanged and jax.process_count() == 1:
             staging.discard()
         elif staging.folder.exists():
             log(
-                f"stopped: what is finished stays in {staging.folder}, and the same command goes on from there"
+                f"stopped: what is finished stays in {staging.folder}; the same command goes on there"
             )
         raise
     finally:

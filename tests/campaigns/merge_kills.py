@@ -84,7 +84,7 @@ SHAPES = {"model/embed_tokens/weight": (512, 96), "model/scalar": ()} | {
 PIECE_ELEMENTS = 1 << 11  # so that there are some hundred pieces of each leaf's few
 BATCH_BYTES = 1 << 17  # of a database: some commits in each run
 SHARD_BYTES = 300_000
-TIMEOUT_S = 120
+TIMEOUT_S = 900  # nothing takes so long, however busy the machine is
 COMPUTED = "computed"  # a file beside the output: the pieces that its last run computed
 
 

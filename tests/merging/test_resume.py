@@ -227,6 +227,18 @@ def test_an_output_that_lacks_only_its_name_gets_it(shared, arguments):
     check(arguments, shared[1])
 
 
+@pytest.mark.parametrize("marker", ["", '{"stage": "me'])
+def test_a_run_that_was_killed_as_it_began_leaves_nothing_to_go_on_with(
+    tmp_path: pathlib.Path, marker: str
+):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / manifest.MARKER).write_text(marker)
+    with contextlib.closing(manifest.Staging(tmp_path / "out")) as staging:
+        assert not staging.is_whole({"stage": "merge"})
+        assert not staging.resume({"stage": "merge"})
+        assert json.loads((staging.folder / manifest.MARKER).read_text()) == {"stage": "merge"}
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_stopped_conversion_goes_on(shared, format: str, tmp_path: pathlib.Path):
     settings = convert.Settings(
@@ -355,7 +367,8 @@ def test_a_full_disk_in_every_phase(shared, arguments, half, phase: str, monkeyp
             merging.merge_checkpoints(**arguments, log=said.append)
     assert not arguments["output_dir"].exists()
     assert phase == "the journal's beginning" or re.match(
-        r"stopped: what is finished stays in .*out\.partial, and the same command goes on", said[-1]
+        r"stopped: what is finished stays in .*out\.partial; the same command goes on there",
+        said[-1],
     )
     report = merging.merge_checkpoints(**arguments)
     assert report.was_done == (phase == "the end")
