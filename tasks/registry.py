@@ -185,7 +185,9 @@ def _add_mixture(name: str, members: Sequence[str], rate_cap: int) -> None:
     )
     _MIXTURES[name] = tuple(members)
     # For seqio's evaluator: choices are ranked where there are choices.
-    ranked = [each + RANK if each + RANK in seqio.TaskRegistry.names() else each for each in members]
+    ranked = [
+        each + RANK if each + RANK in seqio.TaskRegistry.names() else each for each in members
+    ]
     seqio.MixtureRegistry.add(name + RANK, [(member, 1.0) for member in ranked])
 
 

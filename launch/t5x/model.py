@@ -12,9 +12,9 @@ from __future__ import annotations
 from typing import Any
 
 import flax.linen as nn
-import flax.linen.partitioning
 import jax
 import jax.numpy as jnp
+from flax.linen.partitioning import AxisMetadata
 from jaxtyping import Array, Float, Int
 
 from merging import partitioning
@@ -143,7 +143,7 @@ def _axes(boxed: Any) -> dict[str, Any]:
     return {
         **{k: _axes(v) for k, v in boxed.items() if not partitioning.is_box(v)},
         **{
-            f"{k}_axes": nn.partitioning.AxisMetadata(names=jax.sharding.PartitionSpec(*v.names))
+            f"{k}_axes": AxisMetadata(names=jax.sharding.PartitionSpec(*v.names))
             for k, v in boxed.items()
             if partitioning.is_box(v)
         },

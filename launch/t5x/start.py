@@ -32,7 +32,9 @@ def main(argv: Sequence[str]) -> None:
     """Joins the other processes, then runs the program that `argv` names."""
     program, *arguments = argv or [""]
     if not program.startswith("t5x."):
-        sys.exit(f"found {program!r}, wanted a program of T5X first: t5x.train, t5x.eval or t5x.infer")
+        sys.exit(
+            f"found {program!r}, wanted a program of T5X first: t5x.train, t5x.eval or t5x.infer"
+        )
     if importlib.util.find_spec("t5x") is None:
         sys.exit(MISSING)
     try:

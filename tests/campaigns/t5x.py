@@ -11,16 +11,25 @@ trained by t5x.train, merged, evaluated and trained on. Prints a line of each, e
 from __future__ import annotations
 
 import argparse
+import functools
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from merging.methods import METHODS
 from tests.launch.t5x import programs
 from tests.launch.t5x.programs import TWO_ALONG_MODEL, Compared, compared
 
-RANKED, BOTH = "sentiment_mini", "closed_book_qa_mini"  # choices alone; choices and generated answers
+RANKED, BOTH = (
+    "sentiment_mini",
+    "closed_book_qa_mini",
+)  # choices alone; choices and generated answers
 LENGTHS = {"inputs": 128, "targets": 32}
+T5_TWO_ALONG_MODEL = {
+    "PjitPartitioner.num_partitions": None,
+    "PjitPartitioner.model_parallel_submesh": (1, 2, 1, 1),
+}
 
 
 class Campaign:
@@ -45,7 +54,7 @@ class Campaign:
         if not made.exists():
             programs.run(
                 "t5x.train",
-                f"{programs.CONFIGS}/finetune.gin",
+                [f"{programs.CONFIGS}/finetune.gin"],
                 {
                     "MODEL_DIR": str(folder),
                     "INITIAL_CHECKPOINT_PATH": str(start),
@@ -63,14 +72,16 @@ class Campaign:
             )
         return made
 
-    def evaluate(self, name: str, checkpoint: pathlib.Path, mixture: str, processes: int = 1) -> pathlib.Path:
+    def evaluate(
+        self, name: str, checkpoint: pathlib.Path, mixture: str, processes: int = 1
+    ) -> pathlib.Path:
         """The output of t5x.eval."""
         folder = self.folder / name
         mixture = f"{mixture}_rank"
         if not (folder / f"eval.{mixture}.ckpt").exists():
             programs.run(
                 "t5x.eval",
-                f"{programs.CONFIGS}/eval.gin",
+                [f"{programs.CONFIGS}/eval.gin"],
                 {
                     "MIXTURE_OR_TASK_NAME": mixture,
                     "TASK_FEATURE_LENGTHS": LENGTHS,
@@ -88,7 +99,9 @@ class Campaign:
     def own(self, module: str, name: str, *arguments: str) -> pathlib.Path:
         """The output of one of our entry points."""
         folder = self.folder / name
-        programs.own(module, *arguments, f"--gin.OUTPUT_DIR={str(folder)!r}", log=self.folder / f"{name}.log")
+        programs.own(
+            module, *arguments, f"--gin.OUTPUT_DIR={str(folder)!r}", log=self.folder / f"{name}.log"
+        )
         return folder
 
 
@@ -144,17 +157,108 @@ def both_ways(campaign: Campaign) -> None:
         checkpoint = as_t5x(campaign, expert, f"own_expert_{form}/checkpoint_0", form)
         found = campaign.evaluate(f"by_t5x/own_expert_{form}", checkpoint, BOTH)
         campaign.tell(f"expert of launch.finetune as {form}", compared(found, scores, "own_expert"))
-    found = campaign.evaluate("by_t5x/two_processes", folder / "own_expert_t5x/checkpoint_0", BOTH, processes=2)
+    found = campaign.evaluate(
+        "by_t5x/two_processes", folder / "own_expert_t5x/checkpoint_0", BOTH, processes=2
+    )
     campaign.tell("the same on 2 processes", compared(found, scores, "own_expert"))
+
+
+def of_t5x(campaign: Campaign, kind: str, *, use_orbax: bool) -> None:
+    """T5X's own encoder-decoder `kind`, of tests/launch/t5x/<kind>.gin, whose experts begin from the same seed."""
+    files = [f"tests/launch/t5x/{kind}.gin"]
+    train = functools.partial(own_train, campaign, files, use_orbax=use_orbax)
+    experts = [train(f"{kind}/expert_{i}", mixture) for i, mixture in enumerate((RANKED, BOTH))]
+    base = experts[0].parent / "checkpoint_0"
+    merged = campaign.own(
+        "merge",
+        f"{kind}/merged/checkpoint_0",
+        "--gin_file=gin_configs/runs/merge.gin",
+        "--gin_file=gin_configs/methods/ties.gin",
+        f"--gin.BASE={str(base)!r}",
+        f"--gin.EXPERTS={[str(each) for each in experts]!r}",
+        "--gin.OPTIMIZER_STATE='base'",
+        *(
+            ["--gin.STACKED={'encoder/encoder': 1, 'decoder/decoder': 1}"]
+            if kind == "scalable_t5"
+            else []
+        ),
+    )
+    folder = campaign.folder / kind / "by_t5x"
+    if not folder.exists():
+        programs.run(
+            "t5x.eval",
+            ["t5x/configs/runs/eval.gin", *files],
+            {
+                "MIXTURE_OR_TASK_NAME": f"{BOTH}_rank",
+                "TASK_FEATURE_LENGTHS": LENGTHS,
+                "CHECKPOINT_PATH": str(merged),
+                "EVAL_OUTPUT_DIR": str(folder),
+                "DatasetConfig.split": "validation",
+                "DatasetConfig.batch_size": 128,
+                **T5_TWO_ALONG_MODEL,
+            },
+            log=campaign.folder / kind / "by_t5x.log",
+        )
+    campaign.tell(f"{kind}, merged by ties, by t5x.eval: {programs.metrics(folder)}")
+    last = train(f"{kind}/goes_on", BOTH, start=merged, steps=10)
+    campaign.tell(f"t5x.train went on from it: {last}")
+
+
+def own_train(
+    campaign: Campaign,
+    files: Sequence[str],
+    name: str,
+    mixture: str,
+    *,
+    use_orbax: bool,
+    start: pathlib.Path | None = None,
+    steps: int | None = None,
+) -> pathlib.Path:
+    """The checkpoint of a run of t5x.train by T5X's own run file; without a start the parameters are drawn by a seed."""
+    steps = steps or campaign.steps
+    folder = campaign.folder / name
+    made = folder / f"checkpoint_{steps}"
+    if not made.exists():
+        macros = {
+            "MODEL_DIR": str(folder),
+            "INITIAL_CHECKPOINT_PATH": str(start),
+            "MIXTURE_OR_TASK_NAME": mixture,
+            "TASK_FEATURE_LENGTHS": LENGTHS,
+            "USE_CACHED_TASKS": False,
+            "TRAIN_STEPS": steps,
+            "EVAL_PERIOD": steps,
+            "EVAL_STEPS": 1,
+            "BATCH_SIZE": 16,
+            "RANDOM_SEED": 0,
+            "SaveCheckpointConfig.period": steps,
+            "train.infer_eval_dataset_cfg": None,
+            "train.use_orbax": use_orbax,
+            **T5_TWO_ALONG_MODEL,
+        }
+        if start is None:
+            macros["CheckpointConfig.restore"] = None
+        programs.run(
+            "t5x.train",
+            ["t5x/configs/runs/finetune.gin", *files],
+            macros,
+            log=campaign.folder / f"{name}.log",
+        )
+    return made
 
 
 def as_t5x(campaign: Campaign, checkpoint: pathlib.Path, name: str, form: str) -> pathlib.Path:
     return campaign.own(
-        "convert", name, "--gin_file=gin_configs/runs/convert.gin", f"--gin.INPUT={str(checkpoint)!r}", f"--gin.FORMAT={form!r}"
+        "convert",
+        name,
+        "--gin_file=gin_configs/runs/convert.gin",
+        f"--gin.INPUT={str(checkpoint)!r}",
+        f"--gin.FORMAT={form!r}",
     )
 
 
-def ours(campaign: Campaign, name: str, models: dict[str, pathlib.Path], mixtures: list[str]) -> pathlib.Path:
+def ours(
+    campaign: Campaign, name: str, models: dict[str, pathlib.Path], mixtures: list[str]
+) -> pathlib.Path:
     """The output of launch.evaluate."""
     return campaign.own(
         "evaluate",
@@ -168,12 +272,19 @@ def ours(campaign: Campaign, name: str, models: dict[str, pathlib.Path], mixture
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work_dir", type=pathlib.Path, required=True)
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--t5", action="store_true")
     arguments = parser.parse_args()
     campaign = Campaign(arguments.work_dir.resolve(), arguments.steps)
-    both_ways(campaign)
+    if arguments.t5:
+        of_t5x(campaign, "t5", use_orbax=True)
+        of_t5x(campaign, "scalable_t5", use_orbax=False)
+    else:
+        both_ways(campaign)
     sys.exit(not campaign.is_good)
 
 

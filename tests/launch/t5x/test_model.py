@@ -1,36 +1,65 @@
-"""Our decoders called as T5X calls its own: one model, another calling convention."""
+"""Our decoders called as T5X calls its own: one model, another calling convention. None of this needs T5X."""
 
 from __future__ import annotations
 
-import flax.linen as nn
+import functools
+from typing import Any
+
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from launch.t5x.model import INDEX, KEYS, DecoderForT5X
+from launch.t5x.model import INDEX, KEYS, VALUES, DecoderForT5X
 from merging.models.config import LlamaConfig, named
-from merging.models.decoder import logical_axes
+from merging.models.decoder import abstract_params, logical_axes
 from merging.models.families import model_of
 
-LENGTHS = np.array([0, 3, 6])  # of prompts, without the start token
-ROW = 10
-TINY = {"vocab_size": 29, "embed_dim": 8, "num_layers": 3, "num_heads": 2, "head_dim": 4, "mlp_dim": 16}
+LENGTHS = np.array([0, 2, 4])  # of prompts, without the start token
+ROW = 7
+SIZES = {
+    "vocab_size": 29,
+    "embed_dim": 8,
+    "num_layers": 2,
+    "num_heads": 4,
+    "head_dim": 4,
+    "mlp_dim": 16,
+}
 CONFIGS = {
-    "scanned": named("mini_xs", **TINY),
-    "unscanned": named("mini_xs", **TINY, scan_layers=False),
-    "llama": LlamaConfig(**TINY, num_kv_heads=2, scan_layers=False),
+    "palm, scanned": named("mini_xs", **SIZES, dropout_rate=0.5),
+    "llama, unscanned": LlamaConfig(**SIZES, num_kv_heads=2, scan_layers=False),
 }
 
 
+class Called:
+    """T5X's module of a configuration, with parameters, called as T5X calls it and compiled."""
+
+    def __init__(self, config: Any):
+        self.config, self.module, self.model = config, DecoderForT5X(config), model_of(config)
+        ones = jnp.ones((2, ROW), jnp.float32)  # T5X gives numbers of any type
+        init = functools.partial(self.module.init, enable_dropout=False)
+        self.variables = jax.jit(init)(jax.random.key(0), ones, ones)
+        self.params = {"params": self.variables["params"]}
+
+    @functools.cached_property
+    def logits(self):
+        return jax.jit(functools.partial(self.module.apply, enable_dropout=False))
+
+    @functools.cached_property
+    def decode(self):
+        arguments = {"enable_dropout": False, "decode": True, "mutable": ["cache"]}
+        return jax.jit(functools.partial(self.module.apply, **arguments))
+
+    @functools.cached_property
+    def prefill(self):
+        arguments = {"enable_dropout": False, "prefill": True, "mutable": ["cache"]}
+        return jax.jit(functools.partial(self.module.apply, **arguments))
+
+
 @pytest.fixture(scope="module", params=CONFIGS)
-def made(request):
-    """(configuration, T5X's module, its variables)."""
-    config = CONFIGS[request.param]
-    module = DecoderForT5X(config)
-    ones = jnp.ones((2, ROW), jnp.float32)  # T5X gives numbers of any type
-    return config, module, module.init(jax.random.key(0), ones, ones, enable_dropout=False)
+def called(request) -> Called:
+    return Called(CONFIGS[request.param])
 
 
 @pytest.fixture(scope="module")
@@ -45,88 +74,80 @@ def flat(tree):
     return flax.traverse_util.flatten_dict(tree, sep="/")
 
 
-def test_parameters_are_the_models_own_and_their_axes_are_named(made):
-    config, _, variables = made
-    model = model_of(config)
-    assert set(variables) == {"params", "params_axes"}
-    own = nn.unbox(model.init(jax.random.key(0), jnp.ones((2, ROW), jnp.int32))["params"])
-    assert jax.tree.all(jax.tree.map(np.array_equal, own, variables["params"]))
-    found = {name.removesuffix("_axes"): axes.names for name, axes in flat(variables["params_axes"]).items()}
-    assert found == flat(logical_axes(model))
+def test_parameters_are_the_models_own_and_their_axes_are_named(called):
+    assert set(called.variables) == {"params", "params_axes"}
+    own = abstract_params(called.model)
+    found = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), called.params["params"])
+    assert found == own
+    axes = flat(called.variables["params_axes"])
+    assert all(name.endswith("_axes") for name in axes)
+    named_axes = {name.removesuffix("_axes"): each.names for name, each in axes.items()}
+    assert named_axes == flat(logical_axes(called.model))
 
 
-def test_logits_are_the_models(made, rows):
-    config, module, variables = made
-    model, params = model_of(config), {"params": variables["params"]}
-    segments = np.array([[1] * 6 + [2] * 3 + [0]] * 3, np.int32)
-    positions = np.array([[0, 1, 2, 3, 4, 5, 0, 1, 2, 0]] * 3, np.int32)
-    inputs = np.array([[1] * 3 + [0] * 3 + [1] * 2 + [0] * 2] * 3, np.int32)
-    logits = module.apply(
-        params,
-        rows,
-        rows,
-        decoder_segment_ids=segments,
-        decoder_positions=positions,
-        decoder_causal_attention=inputs,
-        enable_dropout=False,
-    )
-    expected = model.apply(params, rows, segment_ids=segments, positions=positions, prefix_mask=inputs > 0)
-    np.testing.assert_array_equal(logits, expected)
-    causal = module.apply(params, rows, rows, enable_dropout=False)
-    np.testing.assert_array_equal(causal, model.apply(params, rows))
-    assert not np.allclose(causal, logits)
+def test_logits_are_the_models(called, rows):
+    packed = {
+        "segment_ids": np.array([[1] * 4 + [2] * 2 + [0]] * 3, np.int32),
+        "positions": np.array([[0, 1, 2, 3, 0, 1, 0]] * 3, np.int32),
+    }
+    inputs = np.array([[1] * 2 + [0] * 2 + [1, 0, 0]] * 3, np.int32)
+    as_t5x = {f"decoder_{name}": each for name, each in packed.items()}
+    logits = called.logits(called.params, rows, rows, decoder_causal_attention=inputs, **as_t5x)
+    own = jax.jit(called.model.apply)(called.params, rows, prefix_mask=inputs > 0, **packed)
+    np.testing.assert_allclose(logits, own, atol=1e-6)
+    assert np.abs(logits - called.logits(called.params, rows, rows)).max() > 1e-3
 
 
 @pytest.mark.parametrize("is_prefix_lm", [False, True])
-def test_tokens_read_one_by_one_give_the_logits_of_the_whole_row(made, rows, is_prefix_lm):
-    _, module, variables = made
-    params = {"params": variables["params"]}
+def test_tokens_read_one_by_one_give_the_logits_of_the_whole_row(called, rows, is_prefix_lm):
+    """The calls of T5X's predict_batch_with_aux: an empty cache, the prompts, then a token a row from each prompt's end."""
+    params = called.params
     is_prompt = (np.arange(ROW) <= LENGTHS[:, None]).astype(np.int32)
     attention = is_prompt if is_prefix_lm else None
-    whole = module.apply(params, rows, rows, decoder_causal_attention=attention, enable_dropout=False)
+    whole = called.logits(params, rows, rows, decoder_causal_attention=attention)
 
-    # As T5X's predict_batch_with_aux does: an empty cache, the prompts, then a token a row, each from where its prompt ends.
-    _, empty = module.apply(params, np.ones_like(rows), np.ones_like(rows), enable_dropout=False, decode=True, mutable=["cache"])
-    assert empty["cache"][KEYS].shape[0] == 3 and empty["cache"][KEYS].shape[-1] == ROW
-    assert not any(np.any(leaf) for leaf in empty["cache"].values())
-    _, state = module.apply(
-        params | empty,
+    _, state = called.decode(params, np.ones_like(rows), np.ones_like(rows))
+    assert not any(np.any(leaf) for leaf in state["cache"].values())
+    _, state = called.prefill(
+        params | state,
         decoder_input_tokens=rows * is_prompt,
         decoder_target_tokens=is_prompt,
         decoder_causal_attention=attention,
-        mutable=["cache"],
-        enable_dropout=False,
-        prefill=True,
         prefill_lengths=jnp.asarray(LENGTHS),
     )
     np.testing.assert_array_equal(state["cache"][INDEX], LENGTHS)
-    step = jax.jit(lambda token, state: module.apply(params | state, token, token, enable_dropout=False, decode=True, max_decode_length=ROW, mutable=["cache"]))
+    c = called.config
+    for name in (KEYS, VALUES):
+        wanted = (
+            3,
+            c.num_layers,
+            c.num_kv_heads,
+            c.head_dim,
+            ROW,
+        )  # the batch first, the length last
+        assert state["cache"][name].shape == wanted
     for more in range(ROW - LENGTHS.max()):
         at = LENGTHS + more
-        logits, state = step(rows[np.arange(3), at][:, None], state)
+        token = rows[np.arange(3), at][:, None]
+        logits, state = called.decode(params | state, token, token)
         np.testing.assert_allclose(logits[:, 0], whole[np.arange(3), at], atol=2e-5)
         np.testing.assert_array_equal(state["cache"][INDEX], at + 1)
 
 
-def test_decoding_from_nothing_reads_an_empty_cache(made, rows):
-    _, module, variables = made
-    params = {"params": variables["params"]}
-    whole = module.apply(params, rows, rows, enable_dropout=False)
-    _, state = module.apply(params, rows, rows, enable_dropout=False, decode=True, mutable=["cache"])
+def test_decoding_from_nothing_reads_an_empty_cache(called, rows):
+    whole = called.logits(called.params, rows, rows)
+    _, state = called.decode(called.params, rows, rows)
     for at in range(3):
         token = rows[:, at : at + 1]
-        logits, state = module.apply(params | state, token, token, enable_dropout=False, decode=True, mutable=["cache"])
+        logits, state = called.decode(called.params | state, token, token)
         np.testing.assert_allclose(logits[:, 0], whole[:, at], atol=2e-5)
-    assert state["cache"][INDEX].shape == ()  # T5X then leaves it alone when it copies rows
+    assert state["cache"][INDEX].shape == ()  # which T5X leaves alone when it copies rows
 
 
-def test_dropout_is_on_where_it_is_asked_for(rows):
-    module = DecoderForT5X(named("mini_xs", **TINY, dropout_rate=0.5))
-    variables = module.init(jax.random.key(0), rows, rows, enable_dropout=False)
-    params = {"params": variables["params"]}
-    one, two, without = (
-        module.apply(params, rows, rows, enable_dropout=is_on, rngs={"dropout": jax.random.key(seed)})
-        for seed, is_on in ((1, True), (2, True), (1, False))
+def test_dropout_is_on_where_it_is_asked_for(called, rows):
+    rate = called.config.dropout_rate
+    logits = jax.jit(functools.partial(called.module.apply, enable_dropout=True))
+    one, other = (
+        logits(called.params, rows, rows, rngs={"dropout": jax.random.key(seed)}) for seed in (1, 2)
     )
-    assert not np.allclose(one, two)
-    np.testing.assert_array_equal(without, module.apply(params, rows, rows, enable_dropout=False))
+    assert np.allclose(one, other) == (rate == 0)
