@@ -23,8 +23,8 @@ import gin_configs
 from launch import devices
 
 MISSING = (
-    "T5X is not installed: pip install 'merging-at-scale[t5x]', or, where git is not reachable, put a checkout on"
-    " PYTHONPATH: see 'T5X' in WORKSPACE.md"
+    "T5X is not installed: pip install -e '.[t5x]' and pip install --no-deps -r launch/t5x/requirements.txt, or, where git is"
+    " not reachable, put a checkout of it on PYTHONPATH: see 'T5X' in WORKSPACE.md"
 )
 
 

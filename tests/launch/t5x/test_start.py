@@ -31,7 +31,7 @@ def test_without_t5x_the_paragraph_is_named(monkeypatch):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "t5x" else find(name)
     )
-    with pytest.raises(SystemExit, match=r"merging-at-scale\[t5x\].*PYTHONPATH.*WORKSPACE.md"):
+    with pytest.raises(SystemExit, match=r"\[t5x\].*requirements.txt.*PYTHONPATH.*WORKSPACE.md"):
         start.main(["t5x.eval"])
     assert "**T5X.**" in (REPOSITORY / "WORKSPACE.md").read_text()
 
