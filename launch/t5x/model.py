@@ -34,8 +34,8 @@ class DecoderForT5X(nn.Module):
       cached_key, cached_value  [B, L, K, h, S], the batch first and the length last
       cache_index               [] before a prompt is read, [B] behind it: filled slots, at which the next token goes
 
-    T5X copies and picks rows of a cache along its first axis, or the second where the module has `scan_layers`: this one has not, scanned or
-    not, since rows come first.
+    T5X copies and picks rows of a cache along its first axis, or along the second where a module says `scan_layers`: this one
+    never does, since rows come first, scanned or not.
     """
 
     config: DecoderConfig
