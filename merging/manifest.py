@@ -22,7 +22,7 @@ import jax
 from etils import epath
 
 from merging.checkpoints.safetensors_header import load_json, show
-from merging.checkpoints.storage import small_file, sync
+from merging.checkpoints.storage import put_whole, small_file, sync
 
 MANIFEST = "manifest.json"
 MARKER = (
@@ -114,10 +114,8 @@ class Staging:
 
 def write(folder: epath.PathLike, manifest: Mapping[str, Any]) -> None:
     """Puts a manifest into a folder, whole or not at all."""
-    temporary = epath.Path(folder) / (MANIFEST + ".tmp")
-    temporary.write_text(json.dumps(manifest, indent=1) + "\n")
-    sync(temporary)
-    temporary.rename(epath.Path(folder) / MANIFEST)
+    text = json.dumps(manifest, indent=1) + "\n"
+    put_whole(epath.Path(folder) / MANIFEST, text.encode())
 
 
 def read(folder: epath.PathLike) -> dict[str, Any] | None:

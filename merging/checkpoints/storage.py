@@ -300,6 +300,13 @@ def put_file(path: epath.Path, content: bytes) -> None:
             os.fsync(handle.fileno())
 
 
+def put_whole(path: epath.Path, content: bytes) -> None:
+    """A small file in place of what is there, at once: whoever looks finds the old one or the new one."""
+    temporary = path.parent / (path.name + ".tmp")
+    put_file(temporary, content)
+    temporary.replace(path)
+
+
 def sync(path: epath.PathLike) -> None:
     """A local file or folder is on disk when it returns; object storage has no need of it."""
     if is_local(path):
