@@ -111,10 +111,10 @@ class Training(_Shown):
         super().__init__(stream, **how)
         self._steps = steps
         self._told: float | None = None
+        self._told_step: int | None = None
         self._first: tuple[float, int] | None = (
             None  # when, and at which step, this name was first heard of
         )
-        self._name: str | None = None
 
     def __call__(self, name: str, step: int, values: Mapping[str, float]) -> None:
         if not self._is_shown:
@@ -123,9 +123,10 @@ class Training(_Shown):
         if self._first is None or step < self._first[1]:
             self._first = (now, step)
         is_due = self._told is None or now - self._told >= LINE_PERIOD_S or step == self._steps
+        is_due |= step == self._told_step  # of other experts that are trained by the same step
         if not is_due and "validation/loss" not in values:
             return
-        self._told = now
+        self._told, self._told_step = now, step
         shown = [
             f"{label} {values[key]:{form}}"
             for key, label, form in (

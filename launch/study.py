@@ -21,7 +21,7 @@ from absl import flags
 
 from launch import command, devices, gin_config, preemption
 from launch.progress import Studying
-from launch.study_data import Sources, study_data
+from launch.study_data import Sources, check_mixtures, study_data
 
 if TYPE_CHECKING:  # the library brings jax, which --help does without
     pass
@@ -126,6 +126,7 @@ def study(
     is_shown = joined.index == 0
     data = study_data(resolved.arguments["sources"], resolved.arguments["tasks"])
     planned = stage.plan(resolved.arguments["settings"], data)
+    check_mixtures(planned.mixtures, resolved.arguments["tasks"])
     if is_shown:
         print(f"{planned.describe()}\n", flush=True)
     if is_dry_run:

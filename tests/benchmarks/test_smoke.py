@@ -36,6 +36,21 @@ def test_many_and_memory(tmp_path: pathlib.Path):
     assert "\n| 1 M x 1 | averaging | " in printed
 
 
+@pytest.mark.slow
+def test_formats(tmp_path: pathlib.Path):
+    printed = run(tmp_path, "--formats", "--methods=averaging", "--experts=1")
+    assert "\n| averaging | orbax | " in printed and "\n| averaging | t5x | " in printed
+
+
+@pytest.mark.slow
+def test_finetune():
+    flags = ("--model=mini_xs", "--rows=2", "--targets=16", "--steps=3", "--turns=1")
+    command = [sys.executable, "-m", "tests.benchmarks.finetune", *flags]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "\n| mini_xs | 2 x 16 | " in done.stdout
+
+
 def test_train(tmp_path: pathlib.Path):
     sizes = {
         "model_type": "llama",

@@ -112,7 +112,7 @@ def test_tasks_are_described_without_tensorflow(module: str):
         "launch.merge",
         "launch.convert",
         "launch.report",
-        "launch.quickstart",
+        "launch.study",
         "launch.pod.local",
         "launch.tasks",
     ],

@@ -28,9 +28,15 @@ from tests.merging.evaluation.test_evaluator import TASKS
 from tests.merging.training import runs
 
 CATEGORIES = {
-    "ones": Category(role="held_in", datasets={"many": Dataset(tasks=("many",), metric="accuracy")}),
-    "twos": Category(role="held_in", datasets={"written": Dataset(tasks=("written",), metric="exact")}),
-    "threes": Category(role="held_out", datasets={"few": Dataset(tasks=("few",), metric="accuracy")}),
+    "ones": Category(
+        role="held_in", datasets={"many": Dataset(tasks=("many",), metric="accuracy")}
+    ),
+    "twos": Category(
+        role="held_in", datasets={"written": Dataset(tasks=("written",), metric="exact")}
+    ),
+    "threes": Category(
+        role="held_out", datasets={"few": Dataset(tasks=("few",), metric="accuracy")}
+    ),
 }
 SEEDS = {"text": 5, "tuning": 6, "ones_tiny": 0, "twos_tiny": 1, "both": 2}
 METHODS = {"averaging": Averaging(), "ties": Ties(density=0.3), "dare_ties": DareTies()}
@@ -224,7 +230,10 @@ def test_another_study_in_the_same_folder_is_refused(whole: pathlib.Path):
         ({"bases": {"mine": training("text")}}, "BASES has 'mine': a base is one of pretrained"),
         ({"expert": training("ones")}, "the experts' mixture is 'ones': it must have"),
         ({"methods": {}}, "METHODS is empty"),
-        ({"methods": {"a": Averaging(weights=(1.0, 2.0, 3.0))}}, "Averaging.weights has 3 numbers for 1 experts"),
+        (
+            {"methods": {"a": Averaging(weights=(1.0, 2.0, 3.0))}},
+            "Averaging.weights has 3 numbers for 1 experts",
+        ),
     ],
 )
 def test_what_makes_no_study_is_refused(tmp_path: pathlib.Path, options: dict, match: str):
