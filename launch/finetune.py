@@ -20,7 +20,7 @@ import gc
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from absl import flags, logging
+from absl import flags
 
 from launch import command, devices, gin_config, preemption
 from launch.mixtures import Mixtures, mixtures
@@ -50,15 +50,13 @@ def configured(
     """What gin files and bindings say: `settings` of the stage, its `mixtures`, its `observers`, and arguments of `tasks`."""
     import tasks
     from merging.finetune import Settings
-    from merging.models.config import Gemma3Config, LlamaConfig, PalmConfig, named
-    from merging.partitioning import MeshShape
     from merging.training.optimizer import Averaging, adafactor, adamw
 
     gin_config.register(Settings, name="finetune")
     gin_config.register(Mixtures, name="mixtures")
     gin_config.register(Observers, name="observers")
     gin_config.register(tasks.register, name="register")
-    gin_config.register_values(named, PalmConfig, LlamaConfig, Gemma3Config, MeshShape)
+    gin_config.register_models()
     gin_config.register_values(adamw, adafactor, Averaging)
     gin_config.register_optax()
     gin_config.parse(
@@ -82,8 +80,7 @@ def finetune(
     from merging import finetune as stage
     from merging.training.loop import Interrupted
 
-    if logging.get_verbosity() == logging.INFO:
-        logging.set_verbosity(logging.WARNING)  # seqio and Orbax tell of every step of theirs
+    command.quiet_libraries()
     settings, asked = resolved.arguments["settings"], resolved.arguments["mixtures"]
     is_shown = joined.index == 0
     each = mixtures(
