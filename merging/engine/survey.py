@@ -11,7 +11,7 @@ Only counts are added up, so the facts are the same whatever the slices, the ord
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -94,6 +94,11 @@ class MethodSurvey:
         """Whether this tensor is one of those it asks about."""
         return tensor.path in self.paths
 
+    @property
+    def lacks_majority(self) -> bool:
+        """Whether votes have still to be counted."""
+        return self.method.asks_majority and self.majority is None
+
     def is_open(self, tensor: Tensor) -> bool:
         """Whether this tensor still has to be counted for a threshold."""
         return (
@@ -133,6 +138,29 @@ class MethodSurvey:
             majority=None if self.majority is None else np.float32(self.majority),
             l1=self.l1.get(tensor.path),
         )
+
+    def known(self) -> dict[str, Any]:
+        """All that was found out, as JSON: what `restore` takes, bit for bit."""
+        return {
+            "method": repr(self.method),
+            "majority": self.majority,
+            "l1": {path: row.tolist() for path, row in self.l1.items()},
+            "searches": {
+                group: [(s.low, s.high, s.at_least_low) for s in searches]
+                for group, searches in self.searches.items()
+                if all(s.is_done for s in searches)
+            },
+        }
+
+    def restore(self, known: Mapping[str, Any]) -> None:
+        """Takes what an earlier run found out about the same tensors of the same inputs."""
+        assert known["method"] == repr(self.method)
+        self.majority = known["majority"]
+        self.l1 = {path: np.array(row, np.float32) for path, row in known["l1"].items()}
+        for group, answers in known["searches"].items():
+            for search, answer in zip(self.searches[group], answers, strict=True):
+                search.low, search.high, search.at_least_low = answer
+        self.forget()
 
     def _remember(self, what: str, tensor: Tensor, compute: Callable[[list[Search]], Any]) -> Any:
         """What follows from the tensor's searches; computed anew for every piece it would cost more than the piece."""
@@ -230,7 +258,7 @@ def survey(
     while True:
         is_open = [any(s.is_open(tensor) for tensor in mine) for s in surveys]
         is_open = combine(np.array(is_open, np.int64)) > 0
-        is_unknown = [s.method.asks_majority and s.majority is None for s in surveys]
+        is_unknown = [s.lacks_majority for s in surveys]
         asking = [s for s, o, u in zip(surveys, is_open, is_unknown, strict=True) if o or u]
         if not asking:
             return surveys, reads
@@ -247,10 +275,7 @@ def survey(
         wanted = [
             t
             for t in mine
-            if any(
-                s.is_open(t) or (s.covers(t) and s.method.asks_majority and s.majority is None)
-                for s in asking
-            )
+            if any(s.is_open(t) or (s.covers(t) and s.lacks_majority) for s in asking)
         ]
         _survey_counts(asking, stream, wanted, combine)
 
@@ -338,7 +363,7 @@ def _survey_counts(
     ]
     votes, inexact = combine(votes), combine(np.array(inexact, np.int64))
     for survey, counts, wrong in zip(surveys, votes, inexact, strict=True):
-        if survey.method.asks_majority and survey.majority is None:
+        if survey.lacks_majority:
             survey.majority = Votes(*map(int, counts)).majority(guess_was_exact=bool(wrong == 0))
 
 
