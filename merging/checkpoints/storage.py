@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import functools
 import os
 import stat
@@ -36,6 +37,9 @@ from merging.checkpoints.format import CheckpointError
 # lock, of which a merge's workers make ten thousand a second. Whoever commits calls `check_unchanged` first, so a change
 # between two looks can stop a run late, but never goes unseen.
 SECONDS_BETWEEN_LOOKS = 0.02
+
+# What the system says of a path that leads to no file, rather than of a disk that fails.
+_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 _VANISHED = "{}: the file vanished since it was opened; put it back and run again"
 
@@ -66,8 +70,11 @@ class ByteSource:
             else:
                 found = self.path.stat()
                 self.size, self.mtime_ns = found.length, found.mtime * 10**9
-        except FileNotFoundError:
-            raise CheckpointError(f"{self._name}: no such file; check the path") from None
+        except OSError as error:
+            if error.errno not in _NO_FILE:
+                raise
+            reason = "no such file" if error.errno == errno.ENOENT else error.strerror
+            raise CheckpointError(f"{self._name}: {reason}; check the path") from None
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fills `buffer` (writable bytes, contiguous) with the bytes from `offset` (bytes) on.
@@ -176,6 +183,44 @@ class ByteSource:
         )
 
 
+def small_file(path: epath.PathLike, limit: int = 4 << 20) -> bytes:
+    """A file's bytes, whole. Raises CheckpointError where it is larger than `limit` bytes, no regular file, or a link that
+    leads out of its folder."""
+    if leads_out(path):
+        raise CheckpointError(
+            f"{os.fspath(path)} is a link to {os.path.realpath(path)}: a checkpoint is read from its own folder only; copy"
+            " it with its files"
+        )
+    with contextlib.closing(ByteSource(path)) as source:
+        if source.size > limit:
+            raise CheckpointError(
+                f"{os.fspath(path)}: {source.size} bytes, wanted at most {limit}; do not trust this checkpoint"
+            )
+        return source.read(0, source.size)
+
+
+def is_own_file(path: epath.PathLike) -> bool:
+    """Whether this is a regular file, and no link out of its folder."""
+    if not is_local(path):
+        return epath.Path(path).is_file()
+    return os.path.isfile(path) and not leads_out(path)  # to epath, pipes are files
+
+
+def leads_out(path: epath.PathLike) -> bool:
+    """Whether a file is a symbolic link out of its folder.
+
+    A snapshot in the Hugging Face hub's cache is a folder of links to ../../blobs; those are fine.
+    """
+    if not is_local(path) or not os.path.islink(path):
+        return False
+    home = os.path.realpath(os.path.dirname(os.path.abspath(os.fspath(path))))
+    allowed = {home}
+    snapshots = os.path.dirname(home)
+    if os.path.basename(snapshots) == "snapshots":
+        allowed.add(os.path.join(os.path.dirname(snapshots), "blobs"))
+    return os.path.dirname(os.path.realpath(path)) not in allowed
+
+
 def is_local(path: epath.PathLike) -> bool:
     """True for this machine's file systems (mounted ones too), False for `gs://` and the like."""
     return "://" not in os.fspath(path)
@@ -190,17 +235,20 @@ _WRITEBACK_BYTES = 16 << 20
 class ByteSink:
     """One file being written by ranges, each byte once. Thread-safe; its OSErrors carry its name."""
 
-    def __init__(self, path: epath.PathLike):
-        """Creates the file, or empties it."""
+    def __init__(self, path: epath.PathLike, *, is_kept: bool = False):
+        """Creates the file, or empties it; `is_kept`: a local file that is there stays as it is, and can be read."""
         self.path = epath.Path(path)
-        self.nbytes = 0  # written, or waiting for what comes before
+        self.nbytes = 0  # written, kept, or waiting for what comes before
         self._lock = threading.Lock()
         self._closing = contextlib.ExitStack()
         self._dirty: list[int] = []  # start and end of what the disk was not yet told to write
         self._waiting: dict[int, bytes] = {}  # remote: by offset, what came too early
         self._at = 0  # remote: how far the object is written
         with naming(self.path):
-            self._handle: BinaryIO = self._closing.enter_context(self.path.open("wb"))
+            is_kept = is_kept and is_local(self.path) and self.path.exists()
+            # etils knows no mode that leaves a file as it is.
+            opened = open(self.path, "r+b") if is_kept else self.path.open("wb")
+            self._handle: BinaryIO = self._closing.enter_context(opened)
             self._descriptor = self._handle.fileno() if is_local(self.path) else None
 
     def write(self, offset: int, data: memoryview) -> None:
@@ -224,6 +272,22 @@ class ByteSink:
             self._dirty = []
         start_writeback(self._descriptor, start, end - start)
 
+    def keep(self, nbytes: int) -> None:
+        """Counts bytes that are in the file already."""
+        with self._lock:
+            self.nbytes += nbytes
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fills `buffer` from a kept local file, with zeros beyond its end."""
+        with naming(self.path):
+            done = os.preadv(self._descriptor, [buffer], offset)
+            while 0 < done < len(buffer):
+                more = os.preadv(self._descriptor, [buffer[done:]], offset + done)
+                if not more:
+                    break
+                done += more
+        buffer[done:] = bytes(len(buffer) - done)
+
     def close(self) -> None:
         """The bytes are on disk when it returns."""
         with naming(self.path), self._closing:
@@ -232,11 +296,10 @@ class ByteSink:
                 os.fsync(self._descriptor)
                 self._descriptor = -1  # any later write is EBADF, not into another file
 
-    def discard(self) -> None:
-        """Removes the file, whatever state it is in."""
+    def abandon(self) -> None:
+        """Closes the file, whatever state it is in, which stays."""
         with contextlib.suppress(OSError):  # the disk may be what failed
             self._closing.close()
-        self.path.unlink(missing_ok=True)
 
     def _append(self, offset: int, data: memoryview) -> None:
         self._waiting[offset] = bytes(data)  # TensorFlow's GFile takes nothing but bytes
@@ -255,14 +318,22 @@ def put_file(path: epath.Path, content: bytes) -> None:
             os.fsync(handle.fileno())
 
 
+def put_whole(path: epath.Path, content: bytes) -> None:
+    """A small file in place of what is there, at once: whoever looks finds the old one or the new one."""
+    temporary = path.parent / (path.name + ".tmp")
+    put_file(temporary, content)
+    temporary.replace(path)
+
+
 def sync(path: epath.PathLike) -> None:
     """A local file or folder is on disk when it returns; object storage has no need of it."""
     if is_local(path):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with naming(path):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 @contextlib.contextmanager

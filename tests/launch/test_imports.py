@@ -18,7 +18,7 @@ ROWS = [
     {"methods", "models"},
     {"engine", "training", "evaluation", "reporting"},
     {"grid"},
-    {"finetune", "merge", "convert", "evaluate", "study", "report", "__init__"},
+    {"finetune", "merge", "mergekit", "convert", "evaluate", "study", "report", "__init__"},
 ]
 FORBIDDEN = {
     "merging": {"gin", "absl", "tensorflow", "seqio", "torch", "launch", "tasks", "tests"},
@@ -112,7 +112,7 @@ def test_tasks_are_described_without_tensorflow(module: str):
         "launch.merge",
         "launch.convert",
         "launch.report",
-        "launch.quickstart",
+        "launch.study",
         "launch.pod.local",
         "launch.tasks",
     ],

@@ -302,26 +302,6 @@ def test_metadata_that_is_none(plain, raw):
         open_checkpoint(plain)
 
 
-@pytest.mark.parametrize("file", ["_METADATA", "manifest.ocdbt", "node"])
-def test_mutations_only_give_clear_errors(tmp_path, file):
-    """Of each file that says what the others hold: random bytes and cuts; never another error, never another shape."""
-    out = made(tmp_path / "out")
-    copy(source(), orbax.Writer(out, source().specs()))
-    path = out / file if file != "node" else next((out / "d").iterdir())
-    whole, rng = path.read_bytes(), np.random.default_rng(0)
-    refused = 0
-    for _ in range(100):
-        data = bytearray(whole)
-        for _ in range(rng.integers(1, 4)):
-            data[rng.integers(len(data))] = rng.integers(256)
-        path.write_bytes(data[: rng.integers(len(data)) if rng.random() < 0.3 else None])
-        try:
-            read_all(open_checkpoint(out, params_path=""))
-        except CheckpointError:
-            refused += 1
-    assert refused > 50
-
-
 # ---- writing -------------------------------------------------------------------------------------------------------
 
 
@@ -375,9 +355,8 @@ def test_stacked_leaves_are_stored_by_layer(tmp_path):
     assert same(read_all(reader), {"w": array})
 
 
-def test_nothing_is_there_before_the_commit_or_after_an_abort(tmp_path):
+def test_nothing_is_there_before_the_commit(tmp_path):
     out = made(tmp_path / "out")
-    (out / "mine").write_text("not the writer's")
     writer = orbax.Writer(out, source().specs())
     name = "bytes"
     writer.write(name, boxes.whole(ARRAYS[name].shape), ARRAYS[name])
@@ -385,8 +364,9 @@ def test_nothing_is_there_before_the_commit_or_after_an_abort(tmp_path):
         open_checkpoint(out)
     with pytest.raises(AssertionError, match="before these leaves were written whole.*cube"):
         writer.commit()
-    writer.abort()
-    assert [p.name for p in out.iterdir()] == ["mine"]
+    writer.close()
+    with pytest.raises(CheckpointError):
+        open_checkpoint(out)
 
 
 def test_what_orbax_can_not_hold_is_refused_at_once(tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pathlib
-import struct
 from typing import Any
 
 import ml_dtypes
@@ -265,11 +264,12 @@ def test_processes_write_one_checkpoint(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["t5x", "t5x_orbax"])
-def test_an_abort_leaves_nothing(tmp_path, kind):
+def test_a_closed_writer_leaves_no_checkpoint(tmp_path, kind):
     writer = FORMATS[kind](tmp_path, memory_reader().specs())
     writer.write("bytes", boxes.whole((25, 10)), ARRAYS["bytes"])
-    writer.abort()
-    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+    writer.close()
+    with pytest.raises(CheckpointError):
+        open_checkpoint(tmp_path)
 
 
 def test_a_state_that_is_not_of_t5x_is_not_kept(tmp_path):
@@ -364,25 +364,6 @@ def test_hostile_files(tmp_path, raw, message):
     (tmp_path / "checkpoint").write_bytes(raw)
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(tmp_path)
-
-
-def test_mutations_only_give_clear_errors(tmp_path):
-    array = np.arange(12, dtype=np.float32).reshape(3, 4)
-    write_zarr(tmp_path / "target.a", array)
-    target = {"a": spec("target.a", array), "b": inline(array), "c": {"d": inline(np.float32(1))}}
-    path = write_file(tmp_path, target) / "checkpoint"
-    whole, rng = path.read_bytes(), np.random.default_rng(0)
-    refused = 0
-    for _ in range(300):
-        data = bytearray(whole)
-        at = rng.integers(len(data))
-        data[at : at + 1] = struct.pack("B", rng.integers(256)) * rng.integers(0, 3)
-        path.write_bytes(data)
-        try:
-            read_all(open_checkpoint(tmp_path))
-        except CheckpointError:
-            refused += 1
-    assert refused > 100
 
 
 def test_folders_of_steps_are_listed(tmp_path):
