@@ -159,10 +159,12 @@ def test_a_folder_read_is_what_was_written(tmp_path: pathlib.Path):
 
 
 def test_a_folder_that_is_no_study_is_refused(tmp_path: pathlib.Path):
-    with pytest.raises(ValueError, match=r"has no study\.json, which launch\.study writes"):
+    with pytest.raises(
+        ValueError, match=r"study\.json does not exist: give the OUTPUT_DIR of a study"
+    ):
         results.read(tmp_path)
     (tmp_path / "study.json").write_text('{"version": 7}')
-    with pytest.raises(ValueError, match="version 7; this reads 1"):
+    with pytest.raises(ValueError, match="is not of version 1, which this program reads"):
         results.read(tmp_path)
     (tmp_path / "study.json").write_text('{"version": 1, "name": "x"}')
     with pytest.raises(ValueError, match="does not say what a study is made of: KeyError"):

@@ -47,6 +47,6 @@ def test_losses_of_a_study_are_averaged_over_distinct_models():
     )
     (found,) = forecasts(world.results(), "fixed")  # the other base lacks an expert, so k = 1
     assert found.base == "pretrained"
-    assert [(p.k, p.loss) for p in found.points] == pytest.approx(
-        [(k, law("m", k)) for k in (1, 2, 4, 8)]
+    assert {p.k: p.loss for p in found.points} == pytest.approx(
+        {k: law("m", k) for k in (1, 2, 4, 8)}
     )
