@@ -23,6 +23,7 @@ INSTALL_REQUIRES = [
     # Entry points.
     "absl-py>=2.5.1",
     "gin-config>=0.5.0",  # 0.5.0 builds instances of the class itself, not of a subclass gin made, so they pickle
+    "pyyaml>=6.0",  # manifests of Kubernetes
     "tqdm>=4.67.1",  # the oldest that mergekit 0.1.5 (extra `peers`) accepts too
     # Tasks. Imported by tasks/ only.
     "seqio>=0.0.20",
@@ -39,6 +40,7 @@ TEST = [
     "google-crc32c>=1.9.0",  # the checksum by another implementation
     "hypothesis>=6.170",
     "beartype>=0.23",
+    "jsonschema>=4.26",  # manifests beside JobSet's schema
     "ruff>=0.17",  # formats differ between minor releases
     # What makes the real checkpoints of the tests.
     "gguf>=0.19.0",

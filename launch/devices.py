@@ -20,6 +20,8 @@ from typing import Any, NoReturn
 
 from absl import flags
 
+from launch import exit_codes
+
 # Process 0 may start minutes after the others on a cluster; beyond this somebody is not coming.
 INITIALIZATION_TIMEOUT_S = 300
 
@@ -125,7 +127,7 @@ def end(code: int, joined: Processes) -> NoReturn:
 def _fail(joined: Processes, *error: Any) -> NoReturn:
     sys.__excepthook__(*error)
     print(f"Process {joined.index} of {joined.count} failed.", file=sys.stderr)
-    end(1, joined)
+    end(exit_codes.BROKEN, joined)
 
 
 def processes(

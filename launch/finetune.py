@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags, logging
 
-from launch import command, devices, gin_config, preemption
+from launch import command, devices, exit_codes, gin_config, preemption
 from launch.mixtures import Mixtures, mixtures
 from launch.progress import Training
 
@@ -104,7 +104,7 @@ def finetune(
             )
         except Interrupted as stopped:
             shown.log(f"{stopped}: its state is saved, the same command goes on from there")
-            devices.end(preemption.EXIT_CODE, joined)
+            devices.end(exit_codes.PREEMPTED, joined)
     if is_shown:
         print(report.describe(), flush=True)
     return report

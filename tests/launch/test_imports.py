@@ -108,7 +108,10 @@ def test_tasks_are_described_without_tensorflow(module: str):
 
 @pytest.mark.parametrize(
     "module",
-    ["launch.merge", "launch.convert", "launch.quickstart", "launch.pod.local", "launch.tasks"],
+    [
+        *("launch.merge", "launch.convert", "launch.quickstart", "launch.tasks"),
+        *("launch.pod.local", "launch.pod.tpu_vm", "launch.pod.gke"),
+    ],
 )
 def test_an_entry_point_prints_its_help_without_jax(module: str):
     assert not modules_after(f"import {module}") & {
