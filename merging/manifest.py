@@ -2,6 +2,8 @@
 
 An output is staged in a folder beside it, `<output>.partial`, and gets its name by one rename after the manifest is on
 disk, so that nobody ever sees a part of it under its name. One of our own folders without a manifest is not an output.
+Buckets know no renaming: there the files lie under the output's name from the start, and the manifest, which is put last
+and whole, is what makes an output of them.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from merging.checkpoints.storage import sync
+from merging.checkpoints.storage import is_local, put_file, sync
 
 MANIFEST = "manifest.json"
 MARKER = (
@@ -46,7 +48,11 @@ class Staging:
 
     def __init__(self, output: epath.PathLike):
         self.output = epath.Path(output)
-        self.folder = self.output.parent / (self.output.name + ".partial")
+        self.folder = (
+            self.output.parent / (self.output.name + ".partial")
+            if is_local(self.output)
+            else self.output
+        )
 
     def create(self, what: Mapping[str, Any]) -> None:
         """Makes the folder, in place of what an earlier run of ours left unfinished; `what` says what will be in it.
@@ -94,6 +100,8 @@ class Staging:
         """Writes the manifest, then gives the folder its name."""
         write(self.folder, manifest)
         (self.folder / MARKER).unlink()
+        if not is_local(self.output):
+            return
         sync(self.folder)
         if self.output.exists():
             raise OutputError(
@@ -110,6 +118,9 @@ class Staging:
 
 def write(folder: epath.PathLike, manifest: Mapping[str, Any]) -> None:
     """Puts a manifest into a folder, whole or not at all."""
+    if not is_local(folder):
+        put_file(epath.Path(folder) / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+        return
     temporary = epath.Path(folder) / (MANIFEST + ".tmp")
     temporary.write_text(json.dumps(manifest, indent=1) + "\n")
     sync(temporary)
@@ -145,6 +156,8 @@ def is_done(output: epath.PathLike, identity: Mapping[str, Any]) -> bool:
         raise OutputError(f"{output} is a file: move it away or choose another OUTPUT_DIR")
     found = read(output)
     if found is None:
+        if not is_local(output) and (output / MARKER).exists():
+            return False
         if not any(output.iterdir()):
             raise OutputError(
                 f"{output} exists already (empty): remove it or choose another OUTPUT_DIR"

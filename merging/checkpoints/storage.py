@@ -4,29 +4,31 @@ What it promises: bytes go straight into the caller's buffer; a file that vanish
 changed since it was opened is an error that names it, never other bytes; reading is thread-safe
 and lets go of the GIL.
 
-Every file is opened by `etils.epath`, so `gs://` paths work wherever a local one does. On local
-disk all threads share one file descriptor and read by offset (`preadv`): a handle for every thread
-would be threads x shards x checkpoints, 8 x 30 x 9 = 2160 for one merge, twice the usual limit of
-1024. Object storage has no shared reads by offset, so there each thread has its own handle.
+`gs://` paths work wherever a local one does. On local disk all threads share one file descriptor and
+read by offset (`preadv`): a handle for every thread would be threads x shards x checkpoints,
+8 x 30 x 9 = 2160 for one merge, twice the usual limit of 1024. From object storage a read is one request for exactly
+those bytes: its clients' file handles read ahead, up to 256 MiB each.
 
 Writing is by offset too, from any thread and in any order: on local disk at once (`pwrite`), to object
 storage, which takes bytes one after another only, as soon as what comes before has arrived.
 
-What it leaves out: retries (the storage client's), and changes of a remote object while
-it is read (its size and time are recorded, but asking at every read would cost a round trip).
+Retries are the storage client's (gcsfs: six, with backoff, where a connection breaks or the answer is 408, 429 or 5xx).
+Whether a remote object is still the one that was opened is asked once, by `check_unchanged`: at every read it would
+cost a round trip.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import functools
 import os
 import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from etils import epath
 
@@ -56,7 +58,6 @@ class ByteSource:
         self._name = os.fspath(self.path)
         self._handles = contextlib.ExitStack()
         self._lock = threading.Lock()  # guards _handles
-        self._own = threading.local()  # .handle: this thread's, on object storage
         self._descriptor: int | None = None
         self._identity: tuple[int, int, int] | None = None
         self._next_look = 0.0
@@ -66,6 +67,7 @@ class ByteSource:
             else:
                 found = self.path.stat()
                 self.size, self.mtime_ns = found.length, found.mtime * 10**9
+                self._version = remote_version(self.path)
         except FileNotFoundError:
             raise CheckpointError(f"{self._name}: no such file; check the path") from None
 
@@ -77,7 +79,7 @@ class ByteSource:
         """
         try:
             if self._descriptor is None:
-                count = self._read_remote(offset, buffer)
+                count = read_remote(self.path, offset, buffer)
             else:
                 count = self._read_local(offset, buffer)
                 now = time.monotonic()
@@ -95,12 +97,16 @@ class ByteSource:
             )
 
     def check_unchanged(self) -> None:
-        """Raises as `read_into` does if a local file is not the one that was opened. After the last read, this says that
-        all reads were of one file."""
-        if self._descriptor is None:
-            return
+        """Raises as `read_into` does if the file is not the one that was opened. After the last read, this says that all reads
+        were of one file."""
         try:
-            self._check_unchanged()
+            if self._descriptor is not None:
+                self._check_unchanged()
+            elif remote_version(self.path) != self._version:
+                raise CheckpointError(
+                    f"{self._name}: the object was written again since it was opened; inputs must stay as they are during"
+                    " a merge: run again once nothing writes to it"
+                )
         except FileNotFoundError:
             raise CheckpointError(_VANISHED.format(self._name)) from None
 
@@ -114,8 +120,8 @@ class ByteSource:
         """Closes every thread's handle. Safe to call twice; no reads may be under way or follow."""
         with self._lock:
             self._handles.close()
-        self._descriptor = -1  # any later read is EBADF, not another file's bytes
-        self._own = threading.local()
+        if self._descriptor is not None:
+            self._descriptor = -1  # any later read is EBADF, not another file's bytes
 
     def _open_local(self) -> None:
         # Looked at before it is opened: opening a pipe would wait for its writer.
@@ -136,24 +142,6 @@ class ByteSource:
                 break
             done += count
         return done
-
-    def _read_remote(self, offset: int, buffer: memoryview) -> int:
-        handle = getattr(self._own, "handle", None)
-        if handle is None:
-            handle = self._own.handle = self._open_remote()
-        handle.seek(offset)
-        done, wanted = 0, len(buffer)
-        while done < wanted:
-            data = handle.read(wanted - done)  # TensorFlow's GFile has no readinto
-            if not data:
-                break
-            buffer[done : done + len(data)] = data
-            done += len(data)
-        return done
-
-    def _open_remote(self) -> BinaryIO:
-        with self._lock:
-            return self._handles.enter_context(self.path.open("rb"))
 
     def _check_unchanged(self) -> None:
         found = os.stat(self._name)
@@ -179,6 +167,47 @@ class ByteSource:
 def is_local(path: epath.PathLike) -> bool:
     """True for this machine's file systems (mounted ones too), False for `gs://` and the like."""
     return "://" not in os.fspath(path)
+
+
+def read_remote(path: epath.PathLike, offset: int, buffer: memoryview) -> int:
+    """Fills `buffer` from an object, by one request; bytes read, fewer than wanted only at its end.
+
+    Raises OSError for what the storage client gave up on.
+    """
+    system, name = _remote(path)
+    if not len(buffer):
+        return 0
+    with _remote_errors(path):
+        data = system.cat_file(name, start=offset, end=offset + len(buffer))
+    buffer[: len(data)] = data
+    return len(data)
+
+
+def remote_version(path: epath.PathLike) -> str:
+    """What changes whenever an object is written."""
+    system, name = _remote(path)
+    with _remote_errors(path):
+        system.invalidate_cache(name)
+        found = system.info(name)
+    return str([found.get(key) for key in ("generation", "etag", "size", "mtime")])
+
+
+def _remote(path: epath.PathLike) -> tuple[Any, str]:
+    """The storage client for a path, one for the process, and the path's name in it."""
+    import fsspec
+
+    return fsspec.core.url_to_fs(os.fspath(path))
+
+
+@contextlib.contextmanager
+def _remote_errors(path: epath.PathLike) -> Iterator[None]:
+    """Storage clients have exceptions of their own."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(errno.EIO, f"{type(error).__name__}: {error}", os.fspath(path)) from error
 
 
 # Bytes after which a local disk is told to begin writing them. Left alone, Linux keeps up to a tenth of memory dirty and
