@@ -192,6 +192,48 @@ class Evaluating:
             print(text, file=self._stream, flush=True)
 
 
+class Studying:
+    """Lines of a study: items of a phase, and between them how training gets on. Called with (phase, items done, of how many, the last)."""
+
+    def __init__(
+        self,
+        *,
+        stream: TextIO | None = None,
+        is_shown: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        """The arguments are those of `Progress`."""
+        self._stream, self._is_shown, self._clock = stream or sys.stderr, is_shown, clock
+        self._phase: str | None = None
+        self._started = self._told = clock()
+        self._before = 0
+
+    def __call__(self, phase: str, done: int, total: int, name: str) -> None:
+        now = self._clock()
+        if phase != self._phase:
+            self._phase, self._started, self._before = phase, now, done
+            self.log(f"{phase}: {done:,} of {total:,} done")
+            return
+        spent = now - self._started
+        text = f"{phase} {done:,}/{total:,}: {name}"
+        if done < total:
+            text += f", {duration(spent / (done - self._before) * (total - done))} left"
+        self.log(text)
+
+    def metrics(self, name: str, step: int, values: Mapping[str, float]) -> None:
+        """What a training run tells of itself."""
+        now = self._clock()
+        if now - self._told >= LINE_PERIOD_S:
+            self._told = now
+            loss, accuracy = values["loss"], values["accuracy"]
+            self.log(f"  {name} step {step:,}: loss {loss:.4f}, accuracy {accuracy:.3f}")
+
+    def log(self, text: str) -> None:
+        """A line of words."""
+        if self._is_shown:
+            print(text, file=self._stream, flush=True)
+
+
 def duration(seconds: float) -> str:
     """`12 s`, `3 min 20 s`, `2 h 5 min`."""
     seconds = round(seconds)

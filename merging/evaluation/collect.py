@@ -234,6 +234,12 @@ class ScoresFile:
         _put_whole(self.path, "".join(score.line() + "\n" for score in self.scores).encode())
 
 
+def put_scores(folder: epath.Path, results: Iterable[Result]) -> None:
+    """The scores of a whole run as `scores.jsonl`, in place of what is there."""
+    lines = [score.line() + "\n" for each in results for score in each.scores]
+    _put_whole(folder / SCORES, "".join(lines).encode())
+
+
 def _group(score: Score) -> tuple[str, str, str]:
     return score.model, score.task, score.prompt
 

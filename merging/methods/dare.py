@@ -50,6 +50,10 @@ class Dare(TaskVectorMethod):
         check_choice("Dare", "rescale", self.rescale, ("inverse_keep", "l1"))
 
     @property
+    def draws_masks(self) -> bool:
+        return True
+
+    @property
     def asks_l1(self) -> bool:
         return self.rescale == "l1"
 

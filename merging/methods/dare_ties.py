@@ -56,6 +56,10 @@ class DareTies(TaskVectorMethod):
         check_choice("DareTies", "zero_sign", self.zero_sign, ("majority", "positive", "none"))
 
     @property
+    def draws_masks(self) -> bool:
+        return True
+
+    @property
     def trim_fraction(self) -> Number | None:
         return self.trim_density
 

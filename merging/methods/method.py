@@ -123,6 +123,11 @@ class Method:
         return False
 
     @property
+    def draws_masks(self) -> bool:
+        """True if the result depends on the seed."""
+        return False
+
+    @property
     def asks_survey(self) -> bool:
         """True if the method needs any fact of the whole model, hence a read before the merge."""
         return self.trim_fraction is not None or self.asks_majority or self.asks_l1
