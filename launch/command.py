@@ -14,9 +14,6 @@ from absl import app, logging
 
 from launch import devices, exit_codes, gin_config
 
-# Exit code of a phase that finds an earlier one undone; 1 is an error, 143 a run to be started again.
-INPUT_MISSING = 3
-
 
 def run(main: Callable[[devices.Processes], None]) -> None:
     """Parses the command line, starts devices, and calls `main` with who takes part."""

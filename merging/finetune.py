@@ -25,6 +25,7 @@ from etils import epath
 
 from merging import manifest, partitioning
 from merging.checkpoints import open_checkpoint
+from merging.checkpoints.storage import LinesFile
 from merging.engine import hosts
 from merging.models import model_file
 from merging.models.config import DecoderConfig, PalmConfig
@@ -881,6 +882,5 @@ def _metrics_files(folders: Mapping[str, epath.Path], *, after: int) -> Iterator
                         with contextlib.suppress(json.JSONDecodeError):  # the last one may be cut
                             if json.loads(line)["step"] <= after:
                                 kept.append(line)
-                path.write_text("".join(kept))
-                files[name] = stack.enter_context(path.open("a"))
+                files[name] = stack.enter_context(LinesFile(path, "".join(kept)))
         yield files

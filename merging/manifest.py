@@ -23,7 +23,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from merging.checkpoints.storage import is_local, put_file, sync
+from merging.checkpoints.storage import is_local, replace_file, sync
 
 MANIFEST = "manifest.json"
 MARKER = (
@@ -118,13 +118,7 @@ class Staging:
 
 def write(folder: epath.PathLike, manifest: Mapping[str, Any]) -> None:
     """Puts a manifest into a folder, whole or not at all."""
-    if not is_local(folder):
-        put_file(epath.Path(folder) / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
-        return
-    temporary = epath.Path(folder) / (MANIFEST + ".tmp")
-    temporary.write_text(json.dumps(manifest, indent=1) + "\n")
-    sync(temporary)
-    temporary.rename(epath.Path(folder) / MANIFEST)
+    replace_file(epath.Path(folder) / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
 
 
 def read(folder: epath.PathLike) -> dict[str, Any] | None:

@@ -284,6 +284,49 @@ def put_file(path: epath.Path, content: bytes) -> None:
             os.fsync(handle.fileno())
 
 
+def replace_file(path: epath.Path, content: bytes) -> None:
+    """A small file in place of what is there, at once: whoever reads finds one or the other, whole."""
+    if not is_local(path):
+        put_file(path, content)  # an object appears when all of it has come
+        return
+    temporary = path.parent / (path.name + ".tmp")
+    put_file(temporary, content)
+    temporary.replace(path)
+
+
+class LinesFile:
+    """A text file that grows by lines. Buckets can't add to an object: there it is put anew, whole, by every flush."""
+
+    def __init__(self, path: epath.Path, text: str = ""):
+        """Begins with a text, in place of what is there."""
+        self._path = path
+        self._text = text
+        path.write_text(text)
+        self._handle = path.open("a") if is_local(path) else None
+
+    def write(self, line: str) -> None:
+        """Adds a line, with its end."""
+        if self._handle is not None:
+            self._handle.write(line)
+        else:
+            self._text += line
+
+    def flush(self) -> None:
+        """What was written is to be seen by others."""
+        if self._handle is not None:
+            self._handle.flush()
+        else:
+            put_file(self._path, self._text.encode())
+
+    def __enter__(self) -> LinesFile:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.flush()
+        if self._handle is not None:
+            self._handle.close()
+
+
 def sync(path: epath.PathLike) -> None:
     """A local file or folder is on disk when it returns; object storage has no need of it."""
     if is_local(path):
