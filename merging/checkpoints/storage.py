@@ -201,12 +201,14 @@ def _remote(path: epath.PathLike) -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def _remote_errors(path: epath.PathLike) -> Iterator[None]:
-    """Storage clients have exceptions of their own."""
+    """Storage clients have exceptions of their own, which become OSErrors."""
     try:
         yield
     except OSError:
         raise
     except Exception as error:
+        if is_local(path):
+            raise
         raise OSError(errno.EIO, f"{type(error).__name__}: {error}", os.fspath(path)) from error
 
 
@@ -339,9 +341,10 @@ def sync(path: epath.PathLike) -> None:
 
 @contextlib.contextmanager
 def naming(path: epath.PathLike) -> Iterator[None]:
-    """Errors of the disk get the name of the file."""
+    """Errors of the disk, or of the storage client, get the name of the file."""
     try:
-        yield
+        with _remote_errors(path):
+            yield
     except OSError as error:
         message = error.strerror or str(error)
         raise OSError(error.errno, message, os.fspath(path)) from error
