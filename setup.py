@@ -20,10 +20,11 @@ INSTALL_REQUIRES = [
     "tensorstore>=0.1.86",
     "msgpack>=1.2",  # T5X's files are written by it; read without, since it would take memory for all arrays
     "crc32c>=2.7",  # in hardware and without Python's lock, which google-crc32c holds
+    "matplotlib>=3.11",  # figures of reports; imported by merging/reporting/figures.py when it draws
     # Entry points.
     "absl-py>=2.5.1",
     "gin-config>=0.5.0",  # 0.5.0 builds instances of the class itself, not of a subclass gin made, so they pickle
-    "pyyaml>=6.0",  # manifests of Kubernetes
+    "pyyaml>=6.0.2",  # mergekit's configurations; manifests of Kubernetes
     "tqdm>=4.67.1",  # the oldest that mergekit 0.1.5 (extra `peers`) accepts too
     # Tasks. Imported by tasks/ only.
     "seqio>=0.0.20",
@@ -82,7 +83,11 @@ setup(
             for suffix in ("", ".*")
         ]
     ),
-    package_data={"gin_configs": ["**/*.gin"], "launch": ["*.sh", "**/*.sh"]},
+    package_data={
+        "gin_configs": ["**/*.gin"],
+        "launch": ["*.sh", "**/*.sh"],
+        "merging": ["**/*.css", "**/*.js"],
+    },
     install_requires=INSTALL_REQUIRES,
     extras_require={
         "test": TEST,

@@ -154,8 +154,13 @@ def study(
     except stage.InputMissing as missing:
         shown.log(f"Error: {missing}")
         devices.end(exit_codes.INPUT_MISSING, joined)
-    if is_shown:
-        print(report.describe(), flush=True)
+    if not is_shown:
+        return
+    print(report.describe(), flush=True)
+    if "report" in phases and worker == 0:
+        from merging.report import report as make_report
+
+        print(make_report(planned.places.root).describe(), flush=True)
 
 
 if __name__ == "__main__":

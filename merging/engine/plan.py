@@ -29,6 +29,7 @@ from merging.paths import Stacked
 
 OUTPUT_DTYPES = ("float32", "bfloat16", "float16")
 VOCABULARY_ROWS = ("refuse", "common")
+MOST_TOLD = 16  # patterns in a plan's text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,6 +141,14 @@ class Plan:
         for reader in (self.base, *self.experts):
             reader.close()
 
+    def _told_patterns(self) -> list[str]:
+        lines = [
+            f"{'settings':10s} {dict(each)} of {pattern}"
+            for pattern, each in self.selection.patterns.items()
+        ]
+        more = len(lines) - MOST_TOLD
+        return lines if more <= 0 else [*lines[:MOST_TOLD], f"{'':10s} ... and {more} more"]
+
     def describe(self) -> str:
         """The plan as text, one fact a line."""
         parts = [each for each in self.tensors.values() if any(not t.is_kept for t in each)]
@@ -149,10 +158,7 @@ class Plan:
             *(f"expert {i}   {reader.location}" for i, reader in enumerate(self.experts)),
             f"leaves     {len(parts)} merged ({merged:,} parameters),"
             f" {len(self.base_specs) - len(parts)} copied",
-            *(
-                f"{'settings':10s} {dict(each)} of {pattern}"
-                for pattern, each in self.selection.patterns.items()
-            ),
+            *self._told_patterns(),
             *(
                 f"{'merge' if not name else name:10s} {method} -> {self.outputs[name]}"
                 for name, method in self.merges.items()
@@ -242,7 +248,7 @@ def plan(settings: Settings) -> Plan:
             "statistics": settings.statistics,
             "include": list(settings.include),
             "exclude": list(settings.exclude),
-            "patterns": {name: dict(each) for name, each in selection.patterns.items()},
+            "patterns": [[name, dict(each)] for name, each in selection.patterns.items()],
             "tied": settings.tied if isinstance(settings.tied, str) else dict(settings.tied),
             "vocabulary_rows": settings.vocabulary_rows,
             "base": base_reader.digest(),

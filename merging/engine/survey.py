@@ -37,7 +37,7 @@ from merging.kernels.magnitude import (
     code_to_magnitude,
     propose_from_sample,
 )
-from merging.methods.method import TaskVectorMethod
+from merging.methods.method import TaskVectorMethod, each_density
 from merging.methods.task_arithmetic import TaskArithmetic
 
 SAMPLE_ELEMENTS = (
@@ -82,8 +82,10 @@ class MethodSurvey:
                 group = self.group(tensor)
                 sizes[group] = sizes.get(group, 0) + tensor.size
             for group, size in sizes.items():
-                rank = int(method.trim_fraction * size)
-                self.searches[group] = [Search(rank, size) for _ in range(experts)]
+                self.searches[group] = [
+                    Search(int(density * size), size)
+                    for density in each_density(method.trim_fraction, experts)
+                ]
 
     def group(self, tensor: Tensor) -> str:
         return MODEL if self.method.trim_scope == "model" else tensor.path
@@ -513,7 +515,8 @@ def _propose(
             if sum(map(len, blocks)) == search.size:
                 search.propose(*answer_from_all(blocks, search.rank))
             else:
-                search.propose(*propose_from_sample(blocks, survey.method.trim_fraction))
+                density = each_density(survey.method.trim_fraction, survey.experts)[i]
+                search.propose(*propose_from_sample(blocks, density))
             survey.forget()
 
 

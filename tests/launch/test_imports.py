@@ -18,7 +18,7 @@ ROWS = [
     {"methods", "models"},
     {"engine", "training", "evaluation", "reporting"},
     {"grid"},
-    {"finetune", "merge", "convert", "evaluate", "study", "report", "__init__"},
+    {"finetune", "merge", "mergekit", "convert", "evaluate", "study", "report", "__init__"},
 ]
 FORBIDDEN = {
     "merging": {"gin", "absl", "tensorflow", "seqio", "torch", "launch", "tasks", "tests"},
@@ -109,7 +109,7 @@ def test_tasks_are_described_without_tensorflow(module: str):
 @pytest.mark.parametrize(
     "module",
     [
-        *("launch.merge", "launch.convert", "launch.quickstart", "launch.tasks"),
+        *("launch.merge", "launch.convert", "launch.report", "launch.quickstart", "launch.tasks"),
         *("launch.pod.local", "launch.pod.tpu_vm", "launch.pod.gke"),
     ],
 )
