@@ -204,12 +204,13 @@ def _remote_errors(path: epath.PathLike) -> Iterator[None]:
     """Storage clients have exceptions of their own, which become OSErrors."""
     try:
         yield
-    except OSError:
-        raise
     except Exception as error:
-        if is_local(path):
+        if type(error).__module__.partition(".")[0] not in _CLIENTS or isinstance(error, OSError):
             raise
         raise OSError(errno.EIO, f"{type(error).__name__}: {error}", os.fspath(path)) from error
+
+
+_CLIENTS = ("gcsfs", "aiohttp", "google")
 
 
 # Bytes after which a local disk is told to begin writing them. Left alone, Linux keeps up to a tenth of memory dirty and
