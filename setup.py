@@ -32,6 +32,7 @@ INSTALL_REQUIRES = [
     "tokenizers>=0.23",  # tokenizer.json
     "rouge-score>=0.1.2",
     "sacrebleu>=2.6",
+    "clu>=0.0.12",  # TensorBoard's files of a run; seqio imports it too
     "tensorboard>=2.21.0",  # seqio's logger imports it; TensorFlow 2.21 no longer depends on it
 ]
 

@@ -20,6 +20,12 @@ def run(main: Callable[[devices.Processes], None]) -> None:
     app.run(lambda argv: _main(main, argv), flags_parser=_parse_flags)
 
 
+def quiet_libraries() -> None:
+    """seqio and Orbax tell of each of their steps: only their warnings are shown, unless --verbosity asks for more."""
+    if logging.get_verbosity() == logging.INFO:
+        logging.set_verbosity(logging.WARNING)
+
+
 def _parse_flags(argv: Sequence[str]) -> list[str]:
     try:
         return app.parse_flags_with_usage(gin_config.rewrite_arguments(argv))

@@ -14,6 +14,7 @@ import dataclasses
 import glob
 import importlib.util
 import os
+import pathlib
 import re
 import sys
 import time
@@ -60,7 +61,8 @@ HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
 COMPILATION_CACHE_DIR = flags.DEFINE_string(
     "compilation_cache_dir",
     None,
-    "Where compiled programs are kept between runs, a folder or gs://; default JAX_COMPILATION_CACHE_DIR, else nowhere.",
+    "Folder of compiled programs, which later runs take from there; '' for none; default JAX_COMPILATION_CACHE_DIR, else"
+    " ~/.cache/merging-at-scale/compiled.",
 )
 
 
@@ -97,9 +99,21 @@ def start_from_flags() -> Processes:
         joined,
         timeout_s=INITIALIZATION_TIMEOUT.value,
         heartbeat_timeout_s=HEARTBEAT_TIMEOUT.value,
-        compilation_cache_dir=COMPILATION_CACHE_DIR.value,
     )
+    keep_compiled(os.environ, COMPILATION_CACHE_DIR.value)
     return joined
+
+
+def keep_compiled(environment: Mapping[str, str], folder: str | None) -> None:
+    """Compiled programs are kept in the folder, or where the environment or the user's cache is; "" keeps none."""
+    import jax
+
+    if folder is None and "JAX_COMPILATION_CACHE_DIR" in environment:
+        return  # jax has read it
+    if folder is None:
+        cache = environment.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+        folder = str(pathlib.Path(cache) / "merging-at-scale" / "compiled")
+    jax.config.update("jax_compilation_cache_dir", folder or None)
 
 
 def start(
@@ -107,7 +121,6 @@ def start(
     *,
     timeout_s: int = INITIALIZATION_TIMEOUT_S,
     heartbeat_timeout_s: int = watchdog.HEARTBEAT_TIMEOUT_S,
-    compilation_cache_dir: str | None = None,
 ) -> None:
     """Chooses platform and threads, then joins the other processes.
 
@@ -119,8 +132,6 @@ def start(
 
     if "JAX_PLATFORMS" in os.environ:  # read by jax when it was imported, perhaps before this
         jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
-    if compilation_cache_dir is not None:
-        jax.config.update("jax_compilation_cache_dir", compilation_cache_dir)
     if joined.count == 1:
         return
     who = f"Process {joined.index} of {joined.count}"
@@ -244,7 +255,8 @@ def cluster(environment: Mapping[str, str]) -> str | None:
 def platform_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """What to add to an environment so that jax starts quickly, on what is there, and without deadlocks."""
     added = {}
-    added["TF_CPP_MIN_LOG_LEVEL"] = environment.get("TF_CPP_MIN_LOG_LEVEL", "2")  # errors only
+    # TensorFlow, which reads text here, calls a missing GPU an error; what is one raises besides.
+    added["TF_CPP_MIN_LOG_LEVEL"] = environment.get("TF_CPP_MIN_LOG_LEVEL", "3")
     # numpy's BLAS, read when numpy is imported: it has small products only, and its idle threads spin on the workers' cores.
     added["OPENBLAS_NUM_THREADS"] = environment.get("OPENBLAS_NUM_THREADS", "1")
     platforms = environment.get("JAX_PLATFORMS")

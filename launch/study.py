@@ -17,11 +17,11 @@ import gc
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from absl import flags, logging
+from absl import flags
 
 from launch import command, devices, exit_codes, gin_config, preemption
 from launch.progress import Studying
-from launch.study_data import Sources, study_data
+from launch.study_data import Sources, check_mixtures, study_data
 
 if TYPE_CHECKING:  # the library brings jax, which --help does without
     pass
@@ -87,8 +87,6 @@ def configured(
 ) -> gin_config.Resolved:
     """What gin files and bindings say: the stage's settings, its sources, what is run and the tasks, under these names."""
     import tasks
-    from merging.models.config import Gemma3Config, LlamaConfig, PalmConfig, named
-    from merging.partitioning import MeshShape
     from merging.study import Settings, Training
     from merging.training.optimizer import adafactor, adamw
 
@@ -97,7 +95,7 @@ def configured(
     gin_config.register(Run, name="run")
     gin_config.register(tasks.register, name="register")
     gin_config.register_methods()
-    gin_config.register_values(named, PalmConfig, LlamaConfig, Gemma3Config, MeshShape)
+    gin_config.register_models()
     gin_config.register_values(adamw, adafactor)
     gin_config.register_values(Training)
     gin_config.register_optax()
@@ -124,11 +122,11 @@ def study(
     from merging import study as stage
     from merging.training.loop import Interrupted
 
-    if logging.get_verbosity() == logging.INFO:
-        logging.set_verbosity(logging.WARNING)  # seqio and Orbax tell of every step of theirs
+    command.quiet_libraries()
     is_shown = joined.index == 0
     data = study_data(resolved.arguments["sources"], resolved.arguments["tasks"])
     planned = stage.plan(resolved.arguments["settings"], data)
+    check_mixtures(planned.mixtures, resolved.arguments["tasks"])
     if is_shown:
         print(f"{planned.describe()}\n", flush=True)
     if is_dry_run:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from launch.evaluation import Examples, evaluation_tasks
@@ -49,6 +49,16 @@ def study_data(sources: Sources, registered: Mapping[str, Any]) -> Data:
         mixture=functools.partial(_mixture, sources, registered),
         tasks=functools.partial(_tasks, sources, registered),
     )
+
+
+def check_mixtures(names: Iterable[str], registered: Mapping[str, Any]) -> None:
+    """Raises ValueError for mixtures that aren't known, or that hold a held-out dataset."""
+    import tasks
+    from tasks import registry, stream
+
+    tasks.register(**registered)
+    for name in names:
+        stream.refuse_held_out(name, registry.task_names(name))
 
 
 def categories(collection: str) -> dict[str, Category]:

@@ -23,13 +23,17 @@ from typing import Any
 import jax
 from etils import epath
 
-from merging.checkpoints.storage import is_local, replace_file, sync
+from merging.checkpoints.safetensors_header import load_json, show
+from merging.checkpoints.storage import is_local, put_whole, small_file, sync
 
 MANIFEST = "manifest.json"
 MARKER = (
     "unfinished.json"  # in a staging folder from its first moment: shows that it is ours to remove
 )
 LIBRARIES = ("jax", "jaxlib", "numpy", "ml_dtypes", "tensorstore", "orbax-checkpoint")
+
+_OBJECTS = ("identity", "environment", "inputs", "checksums", "merges")  # what is read again
+_MAX_MANIFEST_BYTES = 256 << 20  # checksums of a model of 2^40 parameters
 
 
 class OutputError(ValueError):
@@ -85,7 +89,7 @@ class Staging:
             self.create(what)
             return False
         try:
-            then = json.loads(marker.read_text())
+            then = load_json(small_file(marker, _MAX_MANIFEST_BYTES), MARKER)
         except ValueError as error:
             raise OutputError(f"{marker} can't be read: {error}; remove {self.folder}") from error
         if digest(then) != digest(what):
@@ -118,7 +122,8 @@ class Staging:
 
 def write(folder: epath.PathLike, manifest: Mapping[str, Any]) -> None:
     """Puts a manifest into a folder, whole or not at all."""
-    replace_file(epath.Path(folder) / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+    text = json.dumps(manifest, indent=1) + "\n"
+    put_whole(epath.Path(folder) / MANIFEST, text.encode())
 
 
 def read(folder: epath.PathLike) -> dict[str, Any] | None:
@@ -130,10 +135,11 @@ def read(folder: epath.PathLike) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        manifest = json.loads(path.read_text())
-        if not isinstance(manifest, dict):
-            raise ValueError(f"it holds a {type(manifest).__name__}, not an object")
-        return manifest
+        found = load_json(small_file(path, _MAX_MANIFEST_BYTES), MANIFEST)
+        for key in _OBJECTS:
+            if not isinstance(found.get(key, {}), dict):
+                raise ValueError(f"{key} is {show(found[key])}, wanted an object")
+        return found
     except (ValueError, OSError) as error:
         raise OutputError(f"{path} can't be read: {error}") from error
 

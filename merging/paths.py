@@ -30,6 +30,11 @@ def of_tree_path(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def of_leaves(tree: Any) -> list[str]:
+    """The paths of a tree's leaves, in its order."""
+    return [of_tree_path(path) for path, _ in jax.tree.leaves_with_path(tree)]
+
+
 def is_like(name: str, patterns: Iterable[str]) -> bool:
     """Whether a leaf's name, as it stands or as a canonical path, is like one of some shell patterns: `*mlp*`."""
     return Patterns(patterns).first([name]) is not None

@@ -113,7 +113,7 @@ class Settings:
     methods: Mapping[str, Method]
     num_experts: Sequence[int] = (2, 4, 6, 8)
     seeds: Sequence[int] = (0, 1, 2)
-    mesh: MeshShape | None = None
+    mesh: MeshShape | jax.sharding.Mesh | None = None
     seed: int = 0
     models_at_once: int = 1
     normalization: str = "sum"
@@ -184,6 +184,14 @@ class Plan:
     def held_in(self) -> list[str]:
         """The categories that have an expert."""
         return [name for name, each in self.data.categories.items() if each.role == HELD_IN]
+
+    @property
+    def mixtures(self) -> list[str]:
+        """The names of all that is trained on."""
+        s = self.settings
+        names = [how.mixture for how in s.bases.values() if isinstance(how, Training)]
+        names += [s.expert.mixture.format(category=category) for category in self.held_in]
+        return names if s.multitask is None else [*names, s.multitask.mixture]
 
     def merges(self, size: str, base: str) -> dict[str, Cell]:
         """The different merges of a size and base, by the name of their model."""
@@ -579,7 +587,8 @@ class _Making:
 
     @functools.cached_property
     def _mesh(self) -> jax.sharding.Mesh:
-        return (self.settings.mesh or MeshShape(data=jax.device_count())).mesh()
+        mesh = self.settings.mesh or MeshShape.of_all_devices()
+        return mesh.mesh() if isinstance(mesh, MeshShape) else mesh
 
     @functools.lru_cache(maxsize=1)  # sizes come one after another  # noqa: B019
     def _evaluator(self, config: DecoderConfig) -> Evaluator:

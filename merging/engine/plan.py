@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -126,7 +125,7 @@ class Plan:
         experts = [reader.specs() for reader in self.experts]
         total = 0
         for name, spec in self.base_specs.items():
-            kept = sum(_size(t) for t in self.tensors[name] if t.is_kept)
+            kept = sum(t.size - t.first_element for t in self.tensors[name] if t.is_kept)
             itemsizes = sum(specs[name].dtype.itemsize for specs in experts if name in specs)
             total += spec.nbytes + (spec.size - kept) * itemsizes
         return total
@@ -361,11 +360,6 @@ def stored_as(output_dtype: str | None, specs: Mapping[str, LeafSpec]) -> dict[s
         name: dataclasses.replace(spec, dtype=dtype) if spec.is_merged else spec
         for name, spec in specs.items()
     }
-
-
-def _size(tensor: Tensor) -> int:
-    """Elements that a tensor stands for."""
-    return tensor.size - tensor.first_row * math.prod(tensor.shape[1:])
 
 
 def size_text(nbytes: float) -> str:

@@ -136,7 +136,7 @@ class Recipe:
     """How tensors are merged.
 
     Attributes:
-      methods: by name of the merge.
+      methods: of the merges, in their order.
       asked: for each, the number of its question, or None.
     """
 

@@ -94,6 +94,11 @@ class MethodSurvey:
         """Whether this tensor is one of those it asks about."""
         return tensor.path in self.paths
 
+    @property
+    def lacks_majority(self) -> bool:
+        """Whether votes have still to be counted."""
+        return self.method.asks_majority and self.majority is None
+
     def is_open(self, tensor: Tensor) -> bool:
         """Whether this tensor still has to be counted for a threshold."""
         return (
@@ -230,7 +235,7 @@ def survey(
     while True:
         is_open = [any(s.is_open(tensor) for tensor in mine) for s in surveys]
         is_open = combine(np.array(is_open, np.int64)) > 0
-        is_unknown = [s.method.asks_majority and s.majority is None for s in surveys]
+        is_unknown = [s.lacks_majority for s in surveys]
         asking = [s for s, o, u in zip(surveys, is_open, is_unknown, strict=True) if o or u]
         if not asking:
             return surveys, reads
@@ -247,10 +252,7 @@ def survey(
         wanted = [
             t
             for t in mine
-            if any(
-                s.is_open(t) or (s.covers(t) and s.method.asks_majority and s.majority is None)
-                for s in asking
-            )
+            if any(s.is_open(t) or (s.covers(t) and s.lacks_majority) for s in asking)
         ]
         _survey_counts(asking, stream, wanted, combine)
 
@@ -338,7 +340,7 @@ def _survey_counts(
     ]
     votes, inexact = combine(votes), combine(np.array(inexact, np.int64))
     for survey, counts, wrong in zip(surveys, votes, inexact, strict=True):
-        if survey.method.asks_majority and survey.majority is None:
+        if survey.lacks_majority:
             survey.majority = Votes(*map(int, counts)).majority(guess_was_exact=bool(wrong == 0))
 
 

@@ -134,9 +134,8 @@ def _judge(claim: Claim, grid: Grid, reported: Grid) -> Judged:
     if any(math.isnan(each.found.low) for each in deciding):
         why = f"needs {claim.needs}"
     else:
-        why = "the interval lies on both sides of " + " and ".join(
-            f"{threshold(each.test)[2:]}" for each in deciding if each.verdict == UNDECIDED
-        )
+        limits = [f"{threshold(e.test)[2:]}" for e in deciding if e.verdict == UNDECIDED]
+        why = f"an interval lies on both sides of {' and '.join(dict.fromkeys(limits))}"
     return Judged(claim=claim, tests=tuple(tests), verdict=UNDECIDED, why=why)
 
 

@@ -249,10 +249,14 @@ def scaling_figure(study: Study, forecasts: Sequence[Forecast], suffix: str = ""
                 continue
             color, marker = _step(s, len(sizes)), MARKERS[s % len(MARKERS)]
             law = [each.law.loss(size, k) for k in ks]
-            lines.append(Line(label=f"law at {size}", values=law, color=color, look="reference"))
-            for label, look, is_fitted in (
-                (f"{size}, fitted on", "marks", True),
-                (f"{size}, forecast", "hollow", False),
+            lines.append(
+                Line(
+                    label=f"law at {size}", legend="law", values=law, color=color, look="reference"
+                )
+            )
+            for label, legend, look, is_fitted in (
+                (f"{size}, fitted on", size, "marks", True),
+                (f"{size}, to forecast", "to forecast", "hollow", False),
             ):
                 values = [
                     losses.get(k, math.nan) if (k in FITTED_ON) == is_fitted else math.nan
@@ -260,7 +264,14 @@ def scaling_figure(study: Study, forecasts: Sequence[Forecast], suffix: str = ""
                 ]
                 if np.isfinite(values).any():
                     lines.append(
-                        Line(label=label, values=values, color=color, marker=marker, look=look)
+                        Line(
+                            label=label,
+                            legend=legend,
+                            values=values,
+                            color=color,
+                            marker=marker,
+                            look=look,
+                        )
                     )
         panels.append(Panel(title=f"{each.method}, {each.base}", lines=lines))
     return Lines(

@@ -252,12 +252,13 @@ def _read_study(folder: epath.Path) -> Study:
     if found.get("version") != VERSION:
         raise ValueError(f"{path} is of version {found.get('version')!r}; this reads {VERSION}")
     try:
-        return _study(found)
+        return parse(found)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} does not say what a study is made of: {error!r}") from error
 
 
-def _study(found: Mapping[str, Any]) -> Study:
+def parse(found: Mapping[str, Any]) -> Study:
+    """The content of study.json as a study."""
     return Study(
         name=found["name"],
         question=found["question"],

@@ -19,7 +19,7 @@ FITTED_ON = (1, 2, 4)
 
 _BETAS = (0.01, 3.0)  # published exponents of size lie between 0.05 and 0.6
 _OFFSETS = (0.0, 30.0)  # b; beyond, A / (k + b) is a straight line in k
-_POINTS, _ROUNDS = 25, 8  # of the lattice along each of the two; each round is 6 times finer
+_POINTS, _ROUNDS = 13, 10  # of the lattice along each of the two; each round is 3 times finer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

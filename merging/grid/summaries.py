@@ -27,7 +27,7 @@ _NEAR = 2.0
 
 
 def claims_table(judged: Sequence[Judged], name: str, title: str) -> Table:
-    """A row for each claim."""
+    """A row for each number of each claim."""
     return Table(
         name=name,
         title=title,
@@ -38,7 +38,7 @@ def claims_table(judged: Sequence[Judged], name: str, title: str) -> Table:
             Column(title="claim", key="id"),
             Column(title="what it says", key="claim"),
             Column(title="verdict", key="verdict"),
-            Column(title="numbers", key="numbers"),
+            Column(title="number", key="number"),
             Column(title="here, with 95 % interval", key="found"),
             Column(title="holds if", key="threshold"),
             Column(title="paper", key="paper"),
@@ -48,26 +48,23 @@ def claims_table(judged: Sequence[Judged], name: str, title: str) -> Table:
                 each.claim.id,
                 each.claim.text,
                 (Mark(each.verdict, KINDS[each.verdict]), *([each.why] if each.why else [])),
-                tuple(t.test.name for t in each.tests),
-                tuple(_interval(t) for t in each.tests),
-                tuple(threshold(t.test) or NONE for t in each.tests),
-                _paper(each),
+                tested.test.name,
+                Interval(tested.found.value, tested.found.low, tested.found.high),
+                threshold(tested.test) or NONE,
+                _paper(each, tested),
             ]
             for each in judged
+            for tested in each.tests
         ],
+        spans=3,
         as_cards=True,
     )
 
 
-def _interval(tested: Tested) -> Interval:
-    return Interval(tested.found.value, tested.found.low, tested.found.high)
-
-
-def _paper(judged: Judged) -> tuple[Any, ...]:
-    numbers = [t.paper for t in judged.tests]
-    if all(map(math.isnan, numbers)) and judged.claim.paper:
-        return (judged.claim.paper,)
-    return tuple(numbers)
+def _paper(judged: Judged, tested: Tested) -> float | str:
+    """The paper's number; where its table has none, what it says, once."""
+    is_told = math.isnan(tested.paper) and tested is judged.tests[0] and judged.claim.paper
+    return judged.claim.paper if is_told else tested.paper
 
 
 # ---- cells --------------------------------------------------------------------------------------------------------
@@ -82,7 +79,7 @@ def cells_table(study: Study, found: Mapping[str, tuple[Relative, Grid]]) -> Tab
     ]
     return Table(
         name="cells",
-        title="Every cell",
+        title="Cells",
         caption="Relative scores are means of ratios to the experts (held-in) or the base (held-out); raw and chance are means over the"
         " same datasets, with 0 for the chance of generated text. Intervals: of one seed over datasets, of means over seeds and"
         f" datasets. {NONE}: not there yet.",
@@ -223,7 +220,7 @@ def references_table(results: Results) -> Table:
                 )
     return Table(
         name="references",
-        title="What the ratios stand on",
+        title="References",
         caption="Raw scores of the models that are not merged. Held-in ratios have the expert below the line, held-out ratios the base."
         " One near chance (within two standard errors) makes a ratio say little: it compares noise with noise.",
         columns=[
@@ -320,7 +317,7 @@ def progress_table(results: Results) -> Table:
             )
     return Table(
         name="progress",
-        title="What is there",
+        title="Models and cells",
         caption="Models whose datasets are all scored. Cells that no seed can change share a model.",
         columns=[
             Column(title="size", key="size"),

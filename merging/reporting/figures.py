@@ -44,8 +44,8 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 
 Look = Literal["line", "reference", "marks", "hollow"]
 
-# Inches of a panel. The font is 9 points in a page 960 pixels wide.
-_PANEL = (3.1, 2.5)
+# Inches of a panel where there are more than two in a row, and where not: a hundredth is a pixel of a page.
+_PANEL, _WIDE_PANEL = (3.0, 2.5), (4.4, 2.7)
 _HEAT = 3.0
 _DODGE = 0.07  # of the distance of two ticks, between the bars of neighbouring lines
 
@@ -56,6 +56,7 @@ class Line:
 
     Attributes:
       values: of each tick; NaN where there is none.
+      legend: what the legend says of it, and of others alike; default the label.
       low, high: their intervals, or empty.
       color: a name of the palette.
       look: "line"; "reference", dashed, what others are compared with; "marks" alone; "hollow" marks alone.
@@ -67,6 +68,7 @@ class Line:
     low: Sequence[float] = ()
     high: Sequence[float] = ()
     marker: str = "o"
+    legend: str = ""
     look: Look = "line"
 
 
@@ -80,7 +82,7 @@ class Panel:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Lines:
-    """Panels that share their axes.
+    """Panels that share the horizontal axis, and in a row the vertical one.
 
     Attributes:
       name: of its files.
@@ -209,6 +211,7 @@ def draw(figure: Figure) -> Drawn:
         drawing = _draw_lines(figure) if isinstance(figure, Lines) else _draw_heats(figure)
         png, svg = io.BytesIO(), io.StringIO()
         drawing.savefig(png, format="png", dpi=160, facecolor="white", metadata={"Software": None})
+        drawing.set_layout_engine("none")  # laid out above: once is enough
         drawing.savefig(
             svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
         )
@@ -273,7 +276,9 @@ def _panels(
 
 
 def _draw_lines(figure: Lines) -> Any:
-    drawing, axes = _panels(len(figure.panels), figure.columns, *_PANEL, sharey=True, sharex=True)
+    columns = min(figure.columns, len(figure.panels))
+    shape = _PANEL if columns > 2 else _WIDE_PANEL
+    drawing, axes = _panels(len(figure.panels), columns, *shape, sharey="row", sharex=True)
     x = np.arange(len(figure.ticks), dtype=float)
     for axis, panel in zip(axes, figure.panels, strict=True):
         if figure.level is not None:
@@ -288,12 +293,17 @@ def _draw_lines(figure: Lines) -> Any:
         axis.set_xlim(-0.5, len(x) - 0.5)
     drawing.supxlabel(figure.x, fontsize=9)
     drawing.supylabel(figure.y, fontsize=9)
-    handles = {h.get_label(): h for axis in axes for h in axis.get_legend_handles_labels()[0]}
+    found = {h.get_label(): h for axis in axes for h in axis.get_legend_handles_labels()[0]}
+    lines = sorted(
+        (line for panel in figure.panels for line in panel.lines),
+        key=lambda line: line.look == "reference",
+    )
+    handles = {name: found[name] for name in (line.legend or line.label for line in lines)}
     drawing.legend(
         handles.values(),
         handles.keys(),
         loc="outside upper left",
-        ncols=max(1, min(len(handles), 2 * len(axes), 5)),
+        ncols=max(1, min(len(handles), 2 * columns + 1)),
         handlelength=2.6,
         columnspacing=1.5,
     )
@@ -304,7 +314,7 @@ def _draw_line(axis: Any, x: np.ndarray, line: Line) -> None:
     values = np.asarray(line.values, float)
     look: dict[str, Any] = {
         "color": PALETTE[line.color],
-        "label": line.label,
+        "label": line.legend or line.label,
         "marker": line.marker,
     }
     if line.look == "reference":
@@ -327,7 +337,7 @@ def _draw_heats(figure: Heats) -> Any:
     import matplotlib
 
     drawing, axes = _panels(
-        len(figure.maps), figure.columns, _HEAT, _HEAT, sharey=True, sharex=True
+        len(figure.maps), figure.columns, _HEAT, _HEAT, sharey="row", sharex=True
     )
     n = len(figure.labels)
     for axis, each in zip(axes, figure.maps, strict=True):

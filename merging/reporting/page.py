@@ -139,7 +139,7 @@ def _figure(drawn: Drawn) -> str:
 
 def _table(table: Table, *, is_titled: bool = True) -> str:
     kind = " ".join(["scroll"] + ["cards"] * table.as_cards)
-    inner = f"<thead><tr>{''.join(_headers(table))}</tr></thead>\n<tbody>\n{_rows(table)}</tbody>"
+    inner = f"<thead><tr>{''.join(_headers(table))}</tr></thead>\n{_rows(table)}"
     caption = f"<caption>{escape(table.title)}</caption>"
     if is_titled:
         note = f'<p class="note">{escape(table.caption)}</p>' if table.caption else ""
@@ -164,18 +164,28 @@ def _is_right(table: Table, column: int) -> bool:
 
 
 def _rows(table: Table) -> str:
+    """The bodies: one for each group that shares cells, or one for all."""
     right = [_is_right(table, i) for i in range(len(table.columns))]
-    lines = []
-    for row in table.rows:
-        cells = []
-        for value, column, is_right in zip(row, table.columns, right, strict=True):
-            number = _sort_value(value)
-            attributes = f' data-title="{escape(column.title)}"' if table.as_cards else ""
-            attributes += ' class="number"' if is_right else ""
-            attributes += f' data-value="{number}"' if table.interactive and number else ""
-            cells.append(f"<td{attributes}>{_cell(value, column.digits)}</td>")
-        lines.append(f"<tr>{''.join(cells)}</tr>\n")
-    return "".join(lines)
+
+    def cell(group: Sequence[Any], row: int, column: int) -> str:
+        if row and column < table.spans:
+            return ""
+        value, of = group[row][column], table.columns[column]
+        attributes = f' data-title="{escape(of.title)}"' if table.as_cards else ""
+        attributes += ' class="number"' if right[column] else ""
+        if column < table.spans and len(group) > 1:
+            attributes += f' rowspan="{len(group)}"'
+        number = _sort_value(value) if table.interactive else ""
+        attributes += f' data-value="{number}"' if number else ""
+        return f"<td{attributes}>{_cell(value, of.digits)}</td>"
+
+    bodies = []
+    for group in table.groups():
+        rows = ("".join(cell(group, i, j) for j in range(len(right))) for i in range(len(group)))
+        bodies.append("".join(f"<tr>{row}</tr>\n" for row in rows))
+    if not table.spans:
+        bodies = ["".join(bodies)]
+    return "".join(f"<tbody>\n{body}</tbody>\n" for body in bodies)
 
 
 def _sort_value(value: Any) -> str:
@@ -213,6 +223,9 @@ def _markdown(block: Block, figures: str) -> Iterator[str]:
         case Text():
             yield block.text
         case Table():
+            if block.interactive:  # too long to be read without choosing
+                yield f"{block.title}: {block.name}.csv."
+                return
             yield f"### {block.title}"
             if block.caption:
                 yield block.caption

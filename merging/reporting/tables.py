@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -58,7 +59,8 @@ class Table:
     Attributes:
       name: of its file and its place in a page.
       title, caption: what it is, and how to read it.
-      as_cards: on a narrow screen each row is a card; else the table is scrolled.
+      spans: of so many leading columns a cell is shared by neighbouring rows with equal first values.
+      as_cards: on a narrow screen such a group is a card; else the table is scrolled.
       interactive: rows can be sorted and chosen.
     """
 
@@ -67,6 +69,7 @@ class Table:
     caption: str
     columns: Sequence[Column]
     rows: Sequence[Sequence[Any]]
+    spans: int = 0
     as_cards: bool = False
     interactive: bool = False
 
@@ -76,6 +79,12 @@ class Table:
             raise ValueError(
                 f"table {self.name}: row {wrong[0]} has {len(self.rows[wrong[0]])} values for {len(self.columns)} columns"
             )
+
+    def groups(self) -> list[list[Sequence[Any]]]:
+        """Rows that share their leading cells; each alone where nothing is shared."""
+        if not self.spans:
+            return [[row] for row in self.rows]
+        return [list(rows) for _, rows in itertools.groupby(self.rows, key=lambda row: row[0])]
 
 
 def text(value: Any, digits: int = 3) -> str:
@@ -110,9 +119,11 @@ def markdown(table: Table) -> str:
         line(_escaped(column.title) for column in table.columns),
         line("---:" if right else "---" for right in is_number),
     ]
-    for row in table.rows:
-        cells = zip(row, table.columns, strict=True)
-        lines.append(line(_escaped(_lines(value, column.digits)) for value, column in cells))
+    for group in table.groups():
+        for i, row in enumerate(group):
+            row = ["" if i and j < table.spans else value for j, value in enumerate(row)]
+            cells = zip(row, table.columns, strict=True)
+            lines.append(line(_escaped(_lines(value, column.digits)) for value, column in cells))
     return "\n".join(lines)
 
 

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from launch import quickstart
 from tests import buckets
+from tests.launch import small_llama
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 
@@ -31,9 +31,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[buckets.Store]:
 def inputs(store: buckets.Store, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A base and two experts on disk, and in the bucket below in/."""
     folder = tmp_path_factory.mktemp("disk")
-    base = quickstart.make_base(folder / "base")
+    base = small_llama.make_base(folder / "base")
     for i in range(2):
-        quickstart.make_expert(folder / f"expert_{i}", base, number=i)
+        small_llama.make_expert(folder / f"expert_{i}", base, number=i)
     store.put_folder("in", folder)
     return folder
 

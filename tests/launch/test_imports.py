@@ -109,8 +109,14 @@ def test_tasks_are_described_without_tensorflow(module: str):
 @pytest.mark.parametrize(
     "module",
     [
-        *("launch.merge", "launch.convert", "launch.report", "launch.quickstart", "launch.tasks"),
-        *("launch.pod.local", "launch.pod.tpu_vm", "launch.pod.gke"),
+        "launch.merge",
+        "launch.convert",
+        "launch.report",
+        "launch.study",
+        "launch.pod.local",
+        "launch.pod.tpu_vm",
+        "launch.pod.gke",
+        "launch.tasks",
     ],
 )
 def test_an_entry_point_prints_its_help_without_jax(module: str):
