@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
 
 import pytest
 
+from launch import devices
 from merging import manifest
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
@@ -27,7 +29,8 @@ TINY = (
 def run(command: str, cache: pathlib.Path, *flags: str) -> str:
     """What a command prints; programs and packed mixtures that it shares with others lie in `cache`."""
     line = [sys.executable, "-m", f"launch.{command}", f"--compilation_cache_dir={cache}", *flags]
-    done = subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True)
+    environment = os.environ | devices.cpu_environment(os.environ, devices=1)
+    done = subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 
