@@ -20,9 +20,11 @@ INSTALL_REQUIRES = [
     "tensorstore>=0.1.86",
     "msgpack>=1.2",  # T5X's files are written by it; read without, since it would take memory for all arrays
     "crc32c>=2.7",  # in hardware and without Python's lock, which google-crc32c holds
+    "matplotlib>=3.11",  # figures of reports; imported by merging/reporting/figures.py when it draws
     # Entry points.
     "absl-py>=2.5.1",
     "gin-config>=0.5.0",  # 0.5.0 builds instances of the class itself, not of a subclass gin made, so they pickle
+    "pyyaml>=6.0.2",  # mergekit's configurations
     "tqdm>=4.67.1",  # the oldest that mergekit 0.1.5 (extra `peers`) accepts too
     # Tasks. Imported by tasks/ only.
     "seqio>=0.0.20",
@@ -30,6 +32,7 @@ INSTALL_REQUIRES = [
     "tokenizers>=0.23",  # tokenizer.json
     "rouge-score>=0.1.2",
     "sacrebleu>=2.6",
+    "clu>=0.0.12",  # TensorBoard's files of a run; seqio imports it too
     "tensorboard>=2.21.0",  # seqio's logger imports it; TensorFlow 2.21 no longer depends on it
 ]
 
@@ -53,16 +56,14 @@ PEERS = [
     "lm-eval[hf]==0.4.13",
 ]
 
-# T5X and two of its imports are in no package index, or in one only as a release that no longer imports. airio's own
-# requirements pin an old grain and tfds-nightly: where that conflicts, install it with --no-deps.
+# What T5X, airio and jestimator import, which are in no package index: they are installed beside this extra from their
+# repositories, at the commits of launch/t5x/requirements.txt, with --no-deps. With these versions they were seen to work.
 T5X = [
-    "t5x @ git+https://github.com/google-research/t5x",
-    "airio @ git+https://github.com/google/airio",
-    "jestimator @ git+https://github.com/google-research/jestimator",  # 0.3.3 imports what jax has removed
-    "grain",
-    "clu",
-    "cached_property",
-    "fiddle",
+    "grain>=0.2.18",  # airio pins 0.2.12
+    "clu>=0.0.12",
+    "cached_property>=2.0",
+    "fiddle>=0.3.1",
+    "tensorboard>=2.21.0",
 ]
 
 setup(
@@ -78,7 +79,11 @@ setup(
             for suffix in ("", ".*")
         ]
     ),
-    package_data={"gin_configs": ["**/*.gin"], "launch": ["*.sh", "**/*.sh"]},
+    package_data={
+        "gin_configs": ["**/*.gin"],
+        "launch": ["*.sh", "**/*.sh", "t5x/requirements.txt"],
+        "merging": ["**/*.css", "**/*.js"],
+    },
     install_requires=INSTALL_REQUIRES,
     extras_require={
         "test": TEST,

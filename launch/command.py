@@ -14,10 +14,19 @@ from absl import app, logging
 
 from launch import devices, gin_config
 
+# Exit code of a phase that finds an earlier one undone; 1 is an error, 143 a run to be started again.
+INPUT_MISSING = 3
+
 
 def run(main: Callable[[devices.Processes], None]) -> None:
     """Parses the command line, starts devices, and calls `main` with who takes part."""
     app.run(lambda argv: _main(main, argv), flags_parser=_parse_flags)
+
+
+def quiet_libraries() -> None:
+    """seqio and Orbax tell of each of their steps: only their warnings are shown, unless --verbosity asks for more."""
+    if logging.get_verbosity() == logging.INFO:
+        logging.set_verbosity(logging.WARNING)
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:

@@ -41,15 +41,12 @@ def configured(
     search_paths: Sequence[str] = (".",),
 ) -> gin_config.Resolved:
     """What gin files and bindings say, with the files that the short flags name."""
-    from merging.models.config import Gemma3Config, LlamaConfig, PalmConfig, named
-    from merging.partitioning import MeshShape
     from merging.training.optimizer import adafactor, adamw
 
     gin_config.register(compile_model, name="compile_model")
     gin_config.register_methods()
-    gin_config.register_values(
-        named, PalmConfig, LlamaConfig, Gemma3Config, MeshShape, adamw, adafactor
-    )
+    gin_config.register_models()
+    gin_config.register_values(adamw, adafactor)
     all_files = list(files) if RUN_FILE in files else [RUN_FILE, *files]
     for folder, name in (("models", model), ("meshes", mesh)):
         all_files += [] if name is None else [f"gin_configs/{folder}/{name}.gin"]

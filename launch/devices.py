@@ -13,6 +13,7 @@ import dataclasses
 import glob
 import importlib.util
 import os
+import pathlib
 import re
 import sys
 from collections.abc import Mapping
@@ -47,6 +48,12 @@ INITIALIZATION_TIMEOUT = flags.DEFINE_integer(
     "Seconds to wait for the other processes.",
     lower_bound=1,
 )
+COMPILATION_CACHE_DIR = flags.DEFINE_string(
+    "compilation_cache_dir",
+    None,
+    "Folder of compiled programs, which later runs take from there; '' for none; default JAX_COMPILATION_CACHE_DIR, else"
+    " ~/.cache/merging-at-scale/compiled.",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,7 +85,20 @@ def start_from_flags() -> Processes:
         index=PROCESS_INDEX.value,
     )
     start(joined, timeout_s=INITIALIZATION_TIMEOUT.value)
+    keep_compiled(os.environ, COMPILATION_CACHE_DIR.value)
     return joined
+
+
+def keep_compiled(environment: Mapping[str, str], folder: str | None) -> None:
+    """Compiled programs are kept in the folder, or where the environment or the user's cache is; "" keeps none."""
+    import jax
+
+    if folder is None and "JAX_COMPILATION_CACHE_DIR" in environment:
+        return  # jax has read it
+    if folder is None:
+        cache = environment.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+        folder = str(pathlib.Path(cache) / "merging-at-scale" / "compiled")
+    jax.config.update("jax_compilation_cache_dir", folder or None)
 
 
 def start(joined: Processes | None = None, *, timeout_s: int = INITIALIZATION_TIMEOUT_S) -> None:
@@ -156,7 +176,8 @@ def processes(
 def platform_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """What to add to an environment so that jax starts quickly, on what is there, and without deadlocks."""
     added = {}
-    added["TF_CPP_MIN_LOG_LEVEL"] = environment.get("TF_CPP_MIN_LOG_LEVEL", "2")  # errors only
+    # TensorFlow, which reads text here, calls a missing GPU an error; what is one raises besides.
+    added["TF_CPP_MIN_LOG_LEVEL"] = environment.get("TF_CPP_MIN_LOG_LEVEL", "3")
     # numpy's BLAS, read when numpy is imported: it has small products only, and its idle threads spin on the workers' cores.
     added["OPENBLAS_NUM_THREADS"] = environment.get("OPENBLAS_NUM_THREADS", "1")
     platforms = environment.get("JAX_PLATFORMS")

@@ -24,7 +24,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from absl import flags, logging
+from absl import flags
 
 from launch import command, devices, gin_config
 from launch.progress import Evaluating
@@ -38,38 +38,42 @@ RUN_FILE = "gin_configs/runs/evaluate.gin"
 flags.adopt_module_key_flags(gin_config)
 flags.adopt_module_key_flags(devices)
 
-CHECKPOINT = flags.DEFINE_list(
-    "checkpoint", None, "Folders, with commas between; short for --gin.CHECKPOINTS."
-)
-TASKS = flags.DEFINE_list(
-    "tasks",
-    None,
-    "Mixtures or tasks, with commas between; short for --gin.MIXTURE_OR_TASK_NAME.",
-)
-OUTPUT = flags.DEFINE_string("output", None, "Folder to be made; short for --gin.OUTPUT_DIR.")
-HARNESS_TASKS = flags.DEFINE_list(
-    "harness_tasks", None, "Tasks of lm-evaluation-harness, in place of ours."
-)
-HARNESS_PATH = flags.DEFINE_string(
-    "harness_path", None, "A folder with definitions of them; the harness's own are then not known."
-)
+
+def define_flags() -> None:
+    """Not at import, since other commands have flags of these names."""
+    flags.DEFINE_list(
+        "checkpoint", None, "Folders, with commas between; short for --gin.CHECKPOINTS."
+    )
+    flags.DEFINE_list(
+        "tasks",
+        None,
+        "Mixtures or tasks, with commas between; short for --gin.MIXTURE_OR_TASK_NAME.",
+    )
+    flags.DEFINE_string("output", None, "Folder to be made; short for --gin.OUTPUT_DIR.")
+    flags.DEFINE_list("harness_tasks", None, "Tasks of lm-evaluation-harness, in place of ours.")
+    flags.DEFINE_string(
+        "harness_path",
+        None,
+        "A folder with definitions of them; the harness's own are then not known.",
+    )
 
 
 def main(joined: devices.Processes) -> None:
     """Evaluates as the flags say."""
+    values = flags.FLAGS
     files, bindings = gin_config.shorthand(
         {
-            "CHECKPOINTS": CHECKPOINT.value,
-            "MIXTURE_OR_TASK_NAME": TASKS.value or HARNESS_TASKS.value,
-            "OUTPUT_DIR": OUTPUT.value,
+            "CHECKPOINTS": values.checkpoint,
+            "MIXTURE_OR_TASK_NAME": values.tasks or values.harness_tasks,
+            "OUTPUT_DIR": values.output,
         },
         gin_config.GIN_FILE.value,
         run_file=RUN_FILE,
     )
     bindings += gin_config.GIN_BINDINGS.value
     resolved = configured(files, bindings, search_paths=gin_config.GIN_SEARCH_PATHS.value)
-    if HARNESS_TASKS.value:
-        harness_evaluate(resolved, joined, HARNESS_PATH.value)
+    if values.harness_tasks:
+        harness_evaluate(resolved, joined, values.harness_path, is_dry_run=gin_config.DRY_RUN.value)
     else:
         evaluate(resolved, joined, is_dry_run=gin_config.DRY_RUN.value)
 
@@ -80,13 +84,13 @@ def configured(
     """What gin files and bindings say: arguments of the stage, of its examples and of the tasks, under these names."""
     import tasks
     from launch.evaluation import Examples
-    from merging.models.config import Gemma3Config, LlamaConfig, PalmConfig, named
-    from merging.partitioning import MeshShape
+    from merging.evaluate import Settings
 
-    gin_config.register(settings, name="evaluate")
+    gin_config.register(Settings, name="evaluate")
     gin_config.register(Examples, name="examples")
     gin_config.register(tasks.register, name="register")
-    gin_config.register_values(named, PalmConfig, LlamaConfig, Gemma3Config, MeshShape)
+    gin_config.register_models()
+    gin_config.register_values(named_checkpoints)
     gin_config.parse(
         files,
         bindings,
@@ -97,45 +101,23 @@ def configured(
         "tasks": gin_config.resolve(tasks.register, name="register").arguments,
         "examples": Examples(**gin_config.resolve(Examples, name="examples").arguments),
     }
-    resolved = gin_config.resolve(settings, name="evaluate")
-    arguments["settings"] = settings(**resolved.arguments)
+    resolved = gin_config.resolve(Settings, name="evaluate")
+    arguments["settings"] = Settings(**resolved.arguments)
     return gin_config.Resolved(arguments=arguments, text=resolved.text)
 
 
-def settings(
-    output_dir: str,
-    initial_checkpoint_path: str | None = None,
-    checkpoints: Sequence[str] | Mapping[str, str] | None = None,
-    model: Any = None,
-    params_path: str | None = None,
-    mesh: Any = None,
-    dtype: str | None = None,
-    param_dtype: str | None = None,
-    normalization: str = "sum",
-    row_length: int = 2_048,
-    batch_tokens: int = 4_096,
-    shapes: int = 4,
-    vocabulary_chunks: int = 1,
-    prefix_lm: bool | None = None,
-    write_examples: bool = False,
-) -> Any:
-    """The stage's settings, with a name for each checkpoint: that of its folder, where none was given."""
-    from merging.evaluate import Settings
+def named_checkpoints(
+    initial_checkpoint_path: str | None, checkpoints: Sequence[str] | Mapping[str, str] | None
+) -> dict[str, str]:
+    """Each folder by the name that was given, or else by its own: of one checkpoint, or of several.
 
-    given = dict(locals())
-    for name in ("initial_checkpoint_path", "checkpoints", "Settings"):
-        del given[name]
+    Raises ValueError for two of one name.
+    """
     if (initial_checkpoint_path is None) == (checkpoints is None):
         raise ValueError("give INITIAL_CHECKPOINT_PATH, or CHECKPOINTS, and not both")
-    return Settings(
-        checkpoints=named_checkpoints(checkpoints or [initial_checkpoint_path]), **given
-    )
-
-
-def named_checkpoints(checkpoints: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
-    """Each folder by its name. Raises ValueError for two of one name."""
     if isinstance(checkpoints, Mapping):
         return dict(checkpoints)
+    checkpoints = [initial_checkpoint_path] if checkpoints is None else checkpoints
     found = {pathlib.PurePosixPath(path).name: path for path in checkpoints}
     if len(found) < len(checkpoints):
         raise ValueError(
@@ -151,8 +133,7 @@ def evaluate(
     from launch.evaluation import evaluation_tasks
     from merging import evaluate as stage
 
-    if logging.get_verbosity() == logging.INFO:
-        logging.set_verbosity(logging.WARNING)  # seqio tells of every dataset that it caches
+    command.quiet_libraries()
     asked = resolved.arguments["settings"]
     registered = with_vocabulary(resolved.arguments["tasks"], asked)
     tasks, identity = evaluation_tasks(resolved.arguments["examples"], registered)
@@ -171,13 +152,26 @@ def evaluate(
 
 
 def harness_evaluate(
-    resolved: gin_config.Resolved, joined: devices.Processes, include_path: str | None
-) -> dict[str, Any]:
-    """Prints the harness's tables of its tasks; returns its results by model."""
-    from launch import harness
+    resolved: gin_config.Resolved,
+    joined: devices.Processes,
+    include_path: str | None = None,
+    *,
+    is_dry_run: bool = False,
+) -> dict[str, Any] | None:
+    """Prints configuration and the harness's tables of its tasks; returns its results by model, None after a dry run."""
+    try:
+        from launch import harness
+    except ImportError as error:
+        raise ValueError(
+            "tasks of lm-evaluation-harness need it: pip install -e '.[peers]'"
+        ) from error
     from tasks import vocabularies
 
+    command.quiet_libraries()
     asked, examples = resolved.arguments["settings"], resolved.arguments["examples"]
+    echo = print if joined.index == 0 else lambda text: None
+    echo(resolved.text)
+    names = examples.mixture_or_task_name
     spec = with_vocabulary(resolved.arguments["tasks"], asked)["vocabulary"]
     if spec is None:
         from tasks.miniature import vocabulary
@@ -187,12 +181,17 @@ def harness_evaluate(
         made = vocabularies.load(spec)
     return harness.evaluate(
         asked,
-        examples.mixture_or_task_name,
+        harness.Asked(
+            names=[names] if isinstance(names, str) else names,
+            include_path=include_path,
+            limit=examples.limit,
+            few_shot=examples.few_shot,
+        ),
         vocabulary=made,
-        include_path=include_path,
-        limit=examples.limit,
-        few_shot=examples.few_shot,
-        echo=print if joined.index == 0 else lambda text: None,
+        vocabulary_digest=vocabularies.digest(made),
+        config_text=resolved.text,
+        is_dry_run=is_dry_run,
+        echo=echo,
     )
 
 
@@ -265,4 +264,5 @@ def described(report: Report, planned: Any) -> str:
 
 
 if __name__ == "__main__":
+    define_flags()
     command.run(main)

@@ -38,11 +38,6 @@ class Examples:
     truncation: str = "end"
 
     def __post_init__(self) -> None:
-        unknown = self.lengths.keys() ^ {"inputs", "targets"}
-        if unknown:
-            raise ValueError(
-                f"TASK_FEATURE_LENGTHS is {dict(self.lengths)}: give 'inputs' and 'targets', and nothing else"
-            )
         if self.measure not in ("metric", "loss"):
             raise ValueError(f"MEASURE is {self.measure!r}: it must be 'metric' or 'loss'")
         for name in ("limit", "num_prompts"):
@@ -71,7 +66,7 @@ def evaluation_tasks(
     sets = [
         evaluation.evaluation_set(
             name,
-            lengths=packing.Lengths(**asked.lengths),
+            lengths=packing.Lengths.of(asked.lengths),
             split=asked.split,
             limit=asked.limit,
             seed=asked.seed,

@@ -17,13 +17,14 @@ lists the macros, and --dry_run prints the plan.
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from absl import flags, logging
+from absl import flags
 
 from launch import command, devices, gin_config, preemption
 from launch.mixtures import Mixtures, mixtures
+from launch.observers import Observers
 from launch.progress import Training
 
 if TYPE_CHECKING:  # the library brings jax, which --help does without
@@ -46,17 +47,16 @@ def main(joined: devices.Processes) -> None:
 def configured(
     files: Sequence[str], bindings: Sequence[str], *, search_paths: Sequence[str] = (".",)
 ) -> gin_config.Resolved:
-    """What gin files and bindings say: arguments of the stage, of its mixtures and of the tasks, under these names."""
+    """What gin files and bindings say: `settings` of the stage, its `mixtures`, its `observers`, and arguments of `tasks`."""
     import tasks
     from merging.finetune import Settings
-    from merging.models.config import Gemma3Config, LlamaConfig, PalmConfig, named
-    from merging.partitioning import MeshShape
     from merging.training.optimizer import Averaging, adafactor, adamw
 
     gin_config.register(Settings, name="finetune")
     gin_config.register(Mixtures, name="mixtures")
+    gin_config.register(Observers, name="observers")
     gin_config.register(tasks.register, name="register")
-    gin_config.register_values(named, PalmConfig, LlamaConfig, Gemma3Config, MeshShape)
+    gin_config.register_models()
     gin_config.register_values(adamw, adafactor, Averaging)
     gin_config.register_optax()
     gin_config.parse(
@@ -66,6 +66,8 @@ def configured(
         "tasks": gin_config.resolve(tasks.register, name="register").arguments,
         "mixtures": Mixtures(**gin_config.resolve(Mixtures, name="mixtures").arguments),
     }
+    observers = gin_config.resolve(Observers, name="observers").arguments
+    arguments["observers"] = Observers(**observers)
     resolved = gin_config.resolve(Settings, name="finetune")
     arguments["settings"] = Settings(**resolved.arguments)
     return gin_config.Resolved(arguments=arguments, text=resolved.text)
@@ -78,8 +80,7 @@ def finetune(
     from merging import finetune as stage
     from merging.training.loop import Interrupted
 
-    if logging.get_verbosity() == logging.INFO:
-        logging.set_verbosity(logging.WARNING)  # seqio and Orbax tell of every step of theirs
+    command.quiet_libraries()
     settings, asked = resolved.arguments["settings"], resolved.arguments["mixtures"]
     is_shown = joined.index == 0
     each = mixtures(
@@ -93,18 +94,33 @@ def finetune(
     if is_dry_run:
         return None
     gc.freeze()  # what imports made stays out of the collector's way
-    with Training(steps=settings.train_steps, is_shown=is_shown) as shown:
+    observers = resolved.arguments["observers"]
+    with (
+        Training(steps=settings.train_steps, is_shown=is_shown) as shown,
+        observers.metrics() as write,
+        observers.profile() as trace,
+    ):
+
+        def write_metrics(name: str, step: int, values: Mapping[str, float]) -> None:
+            shown(name, step, values)
+            write(name, step, values)
+
         try:
             report = stage.run(
                 planned,
                 config_text=resolved.text,
                 log=shown.log,
-                write_metrics=shown,
+                write_metrics=write_metrics,
                 should_stop=preemption.should_stop(joined),
+                trace=trace,
             )
         except Interrupted as stopped:
             shown.log(f"{stopped}: its state is saved, the same command goes on from there")
-            devices.end(preemption.EXIT_CODE, joined)
+            is_stopped = True
+        else:
+            is_stopped = False
+    if is_stopped:  # here, where all that was written is whole
+        devices.end(preemption.EXIT_CODE, joined)
     if is_shown:
         print(report.describe(), flush=True)
     return report

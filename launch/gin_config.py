@@ -110,6 +110,14 @@ def register_values(*makers: Callable[..., Any]) -> None:
             gin.external_configurable(maker, module=maker.__module__)
 
 
+def register_models() -> None:
+    """Makes what configures models and meshes bindable: gin_configs/models and gin_configs/meshes. Safe to call twice."""
+    from merging.models.config import Gemma3Config, LlamaConfig, PalmConfig, named
+    from merging.partitioning import MeshShape
+
+    register_values(named, PalmConfig, LlamaConfig, Gemma3Config, MeshShape)
+
+
 @functools.cache
 def register_optax() -> None:
     """Makes optax's optimizers and schedules bindable as `optax.name`, but for those that the library has itself."""
@@ -167,7 +175,10 @@ def parse(
 
 def resolve(stage: Callable[..., Any], *, name: str) -> Resolved:
     """The arguments that the parsed configuration binds for a registered stage."""
-    arguments = gin.get_configurable(f"{stage.__module__}.{name}")()
+    try:
+        arguments = gin.get_configurable(f"{stage.__module__}.{name}")()
+    except ValueError as error:  # of what `@maker()` calls, to which gin adds where it was called
+        raise ValueError(str(error).split("\n  In call to configurable")[0]) from error
     for parameter in inspect.signature(stage).parameters.values():
         if parameter.default is parameter.empty and parameter.name not in arguments:
             raise ValueError(

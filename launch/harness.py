@@ -6,12 +6,15 @@ the harness's own backend: what a Hugging Face tokenizer.json puts around a text
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import hashlib
+import importlib.metadata
 import json
+import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import jax
 import lm_eval
 import numpy as np
 from etils import epath
@@ -22,11 +25,12 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
 
 from merging import manifest
-from merging.evaluate import Settings
+from merging.engine import hosts
+from merging.evaluate import Settings, described_models
 from merging.evaluation.collect import Result
 from merging.evaluation.evaluator import Evaluator
 from merging.evaluation.examples import Example, Task
-from merging.models import model_file
+from merging.models.config import DecoderConfig
 from merging.models.families import model_of
 from merging.models.parameters import read_params
 from merging.partitioning import MeshShape
@@ -181,70 +185,118 @@ def _task(kind: Any, examples: Sequence[Example], **more: Any) -> Task:
     )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Asked:
+    """Which tasks of the harness.
+
+    Attributes:
+      names: of tasks of the harness, or of those defined in `include_path`.
+      include_path: a folder of definitions; the harness's own are then not known.
+      limit: examples of each, the first; None: all.
+      few_shot: training examples before each; 0: as many as the task says.
+    """
+
+    names: Sequence[str]
+    include_path: str | None = None
+    limit: int | None = None
+    few_shot: int = 0
+
+    def tasks(self) -> TaskManager:
+        """What is known by name. Raises ValueError for names that aren't."""
+        known = TaskManager(
+            include_path=self.include_path, include_defaults=self.include_path is None
+        )
+        unknown = [name for name in self.names if not known.match_tasks([name])]
+        if unknown:
+            where = "lm-evaluation-harness" if self.include_path is None else self.include_path
+            raise ValueError(f"{where} has no task {', '.join(unknown)}")
+        return known
+
+    def identity(self) -> dict[str, Any]:
+        """JSON that says all that the tasks depend on, but for the data sets that they name."""
+        definitions = {}
+        if self.include_path is not None:
+            folder = pathlib.Path(self.include_path)  # the harness reads local ones only
+            definitions = {
+                str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+                for path in sorted(folder.rglob("*"))
+                if path.suffix in (".yaml", ".py")
+            }
+        return {
+            "names": list(self.names),
+            "limit": self.limit,
+            "few_shot": self.few_shot,
+            "definitions": definitions,
+            "lm_eval": importlib.metadata.version("lm_eval"),
+        }
+
+
 def evaluate(
     settings: Settings,
-    names: Sequence[str],
+    asked: Asked,
     *,
     vocabulary: Any,
-    include_path: str | None,
-    limit: int | None,
-    few_shot: int,
-    echo: Callable[[str], None],
-) -> dict[str, Any]:
+    vocabulary_digest: str,
+    config_text: str = "",
+    is_dry_run: bool = False,
+    echo: Callable[[str], None] = print,
+) -> dict[str, Any] | None:
     """The harness's results of each model on its tasks, by the models' ids; `harness.json` of the output holds them.
 
     Args:
-      names: of tasks of the harness, or of those defined in `include_path`.
+      vocabulary: a seqio vocabulary, and its digest.
+      config_text: goes into the manifest.
+      is_dry_run: looks at models and tasks, and returns None.
       echo: hears the harness's table of each model.
+
+    Raises ValueError or CheckpointError for models and tasks that can't be evaluated.
     """
-    mesh = (settings.mesh or MeshShape(data=jax.device_count())).mesh()
+    configs, models = described_models(settings)
+    tasks = asked.tasks()
     identity = {
         "stage": "harness",
-        "models": {k: str(path) for k, path in settings.checkpoints.items()},
-        "tasks": [*names],
-        "limit": limit,
-        "few_shot": few_shot,
-        "include_path": include_path,
+        **models,
+        "tasks": asked.identity(),
+        "vocabulary": vocabulary_digest,
     }
     output = epath.Path(settings.output_dir)
     if manifest.is_done(output, identity):
+        echo(f"Nothing to do: {output} holds these results already.")
         return json.loads((output / RESULTS).read_text())
-    tasks = TaskManager(include_path=include_path, include_defaults=include_path is None)
+    if is_dry_run:
+        return None
+    mesh = (settings.mesh or MeshShape.of_all_devices()).mesh()
     found = {}
-    for model_id, path in settings.checkpoints.items():
+    for model_id, config in configs.items():
         model = HarnessModel(
-            _evaluate_of(settings, model_id, path, mesh),
+            _evaluate_of(settings, model_id, config, mesh),
             vocabulary,
             max_length=settings.row_length,
         )
         results = lm_eval.simple_evaluate(
             model,
-            tasks=list(names),
-            num_fewshot=few_shot or None,
-            limit=limit,
+            tasks=list(asked.names),
+            num_fewshot=asked.few_shot or None,
+            limit=asked.limit,
             task_manager=tasks,
             log_samples=False,
             bootstrap_iters=1_000,
         )
         echo(f"{model_id}\n{make_table(results)}")
         found[model_id] = results["results"]
-    if jax.process_index() == 0:
+    if hosts.is_main():
         staging = manifest.Staging(output)
         staging.create(identity)
         (staging.folder / RESULTS).write_text(json.dumps(found, indent=1, default=str))
-        staging.commit(manifest.provenance(identity))
+        staging.commit(manifest.provenance(identity) | {"config": config_text})
+    hosts.wait_for_all("committed")
     return found
 
 
 def _evaluate_of(
-    settings: Settings, model_id: str, path: epath.PathLike, mesh: Mesh
+    settings: Settings, model_id: str, config: DecoderConfig, mesh: Mesh
 ) -> Callable[[Sequence[Task]], list[Result]]:
-    changes = {
-        name: value
-        for name, value in (("dtype", settings.dtype), ("param_dtype", settings.param_dtype))
-        if value is not None
-    }
-    config = settings.model or model_file.describe(path, **changes).config
+    path = settings.checkpoints[model_id]
     params = read_params(path, config, mesh, params_path=settings.params_path)
 
     def run(tasks: Iterable[Task]) -> list[Result]:

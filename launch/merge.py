@@ -13,12 +13,16 @@ Many merges from one read, each into its own folder below the output:
     --gin.METHODS='{"ties": @Ties(), "sparse": @sparse/Ties(), "sum": @TaskArithmetic()}' \
     --gin.sparse/Ties.density=0.05
 
+What a YAML file of mergekit says, as far as the methods are here (merging/mergekit.py says how):
+  python -m launch.merge --mergekit_config=merge.yml --output=/data/merged
+
 The same command again returns at once where the output is done, and goes on where an earlier one was killed or failed.
 --dry_run checks the inputs and prints the plan.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -47,6 +51,9 @@ METHOD = flags.DEFINE_string(
     "A file of gin_configs/methods without .gin: averaging, task_arithmetic, ties, dare, dare_ties.",
 )
 OUTPUT = flags.DEFINE_string("output", None, "Folder to be made; short for --gin.OUTPUT_DIR.")
+MERGEKIT_CONFIG = flags.DEFINE_string(
+    "mergekit_config", None, "A YAML file of mergekit, in place of --base, --experts and --method."
+)
 
 
 def main(joined: devices.Processes) -> None:
@@ -58,6 +65,15 @@ def main(joined: devices.Processes) -> None:
         output=OUTPUT.value,
         files=gin_config.GIN_FILE.value,
     )
+    if MERGEKIT_CONFIG.value is not None:
+        if (BASE.value, EXPERTS.value, METHOD.value) != (None, None, None):
+            raise ValueError(
+                "--mergekit_config names base, experts and method: leave out --base, --experts and --method"
+            )
+        found, notes = mergekit_bindings(MERGEKIT_CONFIG.value)
+        bindings += found
+        if joined.index == 0:
+            print("".join(f"# {MERGEKIT_CONFIG.value}: {note}\n" for note in notes), end="")
     bindings += gin_config.GIN_BINDINGS.value
     resolved = configured(files, bindings, search_paths=gin_config.GIN_SEARCH_PATHS.value)
     merge(resolved, is_dry_run=gin_config.DRY_RUN.value, is_shown=joined.index == 0)
@@ -78,6 +94,21 @@ def shorthand(
         run_file=RUN_FILE,
         more=[] if method is None else [f"gin_configs/methods/{method}.gin"],
     )
+
+
+def mergekit_bindings(path: str) -> tuple[list[str], Sequence[str]]:
+    """What a YAML file of mergekit says as gin bindings, and what is to be told of it."""
+    from merging import mergekit
+
+    translated = mergekit.translate(path)
+    settings = dict(translated.settings)
+    method = settings.pop("method")
+    kind = type(method).__name__
+    bindings = [f"{name.upper()} = {value!r}" for name, value in settings.items()]
+    bindings.append(f"METHOD = @{kind}()")
+    for field in dataclasses.fields(method):
+        bindings.append(f"{kind}.{field.name} = {getattr(method, field.name)!r}")
+    return bindings, translated.notes
 
 
 def configured(

@@ -70,12 +70,7 @@ def _mixture(name: str, asked: Mixtures, registered: Mapping[str, Any], train_ro
     from tasks import batches, packing, vocabularies
     from tasks.stream import Stream
 
-    unknown = asked.lengths.keys() ^ {"inputs", "targets"}
-    if unknown:
-        raise ValueError(
-            f"TASK_FEATURE_LENGTHS is {dict(asked.lengths)}: give 'inputs' and 'targets', and nothing else"
-        )
-    lengths = packing.Lengths(**asked.lengths)
+    lengths = packing.Lengths.of(asked.lengths)
     rate_cap = registered["rate_cap"]
     stream = functools.partial(
         Stream,

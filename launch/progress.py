@@ -8,14 +8,14 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, TextIO
+from typing import Any, Self, TextIO
 
 # Between two lines of a log. Shorter fills the log of an hour's run, longer leaves a short run without a sign.
 LINE_PERIOD_S = 5.0
 
 
-class Progress:
-    """A progress callback. Use as a context manager: leaving it ends the bar or prints the last line."""
+class _Shown:
+    """Words on a stream, of one process of all. Use as a context manager."""
 
     def __init__(
         self,
@@ -28,6 +28,25 @@ class Progress:
         self._stream = stream or sys.stderr
         self._is_shown = is_shown
         self._clock = clock
+
+    def log(self, text: str) -> None:
+        """A line of words."""
+        if self._is_shown:
+            print(text, file=self._stream, flush=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        pass
+
+
+class Progress(_Shown):
+    """A progress callback. Use as a context manager: leaving it ends the bar or prints the last line."""
+
+    def __init__(self, stream: TextIO | None = None, **how: Any):
+        """As of `_Shown`."""
+        super().__init__(stream, **how)
         self._phase: str | None = None
         self._bar: Any = None
         self._started = self._told = 0.0
@@ -47,15 +66,10 @@ class Progress:
 
     def log(self, text: str) -> None:
         """A line of words, above the bar where there is one."""
-        if not self._is_shown:
-            return
-        if self._bar is not None:
+        if self._bar is not None and self._is_shown:
             self._bar.write(text, file=self._stream)
         else:
-            print(text, file=self._stream, flush=True)
-
-    def __enter__(self) -> Progress:
-        return self
+            super().log(text)
 
     def __exit__(self, *error: Any) -> None:
         self._end_phase()
@@ -89,25 +103,18 @@ class Progress:
         print(f"{self._phase}: {done} in {seconds:.1f} s{rate}", file=self._stream, flush=True)
 
 
-class Training:
+class Training(_Shown):
     """Lines of a run that trains: step, loss, speed and the time left. Called with (name, step, metrics by name)."""
 
-    def __init__(
-        self,
-        *,
-        steps: int,
-        stream: TextIO | None = None,
-        is_shown: bool = True,
-        clock: Callable[[], float] = time.monotonic,
-    ):
-        """`steps`: of each expert. The other arguments are those of `Progress`."""
-        self._steps, self._stream, self._is_shown = steps, stream or sys.stderr, is_shown
-        self._clock = clock
+    def __init__(self, stream: TextIO | None = None, *, steps: int, **how: Any):
+        """`steps`: of each expert. The other arguments are those of `_Shown`."""
+        super().__init__(stream, **how)
+        self._steps = steps
         self._told: float | None = None
+        self._told_step: int | None = None
         self._first: tuple[float, int] | None = (
             None  # when, and at which step, this name was first heard of
         )
-        self._name: str | None = None
 
     def __call__(self, name: str, step: int, values: Mapping[str, float]) -> None:
         if not self._is_shown:
@@ -116,9 +123,10 @@ class Training:
         if self._first is None or step < self._first[1]:
             self._first = (now, step)
         is_due = self._told is None or now - self._told >= LINE_PERIOD_S or step == self._steps
+        is_due |= step == self._told_step  # of other experts that are trained by the same step
         if not is_due and "validation/loss" not in values:
             return
-        self._told = now
+        self._told, self._told_step = now, step
         shown = [
             f"{label} {values[key]:{form}}"
             for key, label, form in (
@@ -137,36 +145,18 @@ class Training:
             shown.append(f"{duration(left)} left")
         self.log(f"{name} {step:,}/{self._steps:,}: {', '.join(shown)}")
 
-    def log(self, text: str) -> None:
-        """A line of words."""
-        if self._is_shown:
-            print(text, file=self._stream, flush=True)
 
-    def __enter__(self) -> Training:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        pass
-
-
-class Evaluating:
+class Evaluating(_Shown):
     """Lines of a run that evaluates: examples, speed and the time left. Called with (model, examples done, of how many)."""
 
-    def __init__(
-        self,
-        *,
-        models: int,
-        stream: TextIO | None = None,
-        is_shown: bool = True,
-        clock: Callable[[], float] = time.monotonic,
-    ):
-        """`models`: that are evaluated in all. The other arguments are those of `Progress`."""
-        self._models, self._stream, self._is_shown = models, stream or sys.stderr, is_shown
-        self._clock = clock
+    def __init__(self, stream: TextIO | None = None, *, models: int, **how: Any):
+        """`models`: that are evaluated in all. The other arguments are those of `_Shown`."""
+        super().__init__(stream, **how)
+        self._models = models
         self._seen: dict[
             str, int
         ] = {}  # model -> examples that were done when it was first heard of
-        self._started = self._told = clock()
+        self._started = self._told = self._clock()
         self._before = 0  # examples that this run did for earlier models
 
     def __call__(self, model: str, done: int, total: int) -> None:
@@ -186,10 +176,36 @@ class Evaluating:
             told += f", {rate:,.0f} examples/s" + (f", {duration(left)} left" if left else "")
         self.log(told)
 
-    def log(self, text: str) -> None:
-        """A line of words."""
-        if self._is_shown:
-            print(text, file=self._stream, flush=True)
+
+class Studying(_Shown):
+    """Lines of a study: items of a phase, and between them how training gets on. Called with (phase, items done, of how many, the last)."""
+
+    def __init__(self, stream: TextIO | None = None, **how: Any):
+        """As of `_Shown`."""
+        super().__init__(stream, **how)
+        self._phase: str | None = None
+        self._started = self._told = self._clock()
+        self._before = 0
+
+    def __call__(self, phase: str, done: int, total: int, name: str) -> None:
+        now = self._clock()
+        if phase != self._phase:
+            self._phase, self._started, self._before = phase, now, done
+            self.log(f"{phase}: {done:,} of {total:,} done")
+            return
+        spent = now - self._started
+        text = f"{phase} {done:,}/{total:,}: {name}"
+        if done < total:
+            text += f", {duration(spent / (done - self._before) * (total - done))} left"
+        self.log(text)
+
+    def metrics(self, name: str, step: int, values: Mapping[str, float]) -> None:
+        """What a training run tells of itself."""
+        now = self._clock()
+        if now - self._told >= LINE_PERIOD_S:
+            self._told = now
+            loss, accuracy = values["loss"], values["accuracy"]
+            self.log(f"  {name} step {step:,}: loss {loss:.4f}, accuracy {accuracy:.3f}")
 
 
 def duration(seconds: float) -> str:

@@ -114,9 +114,10 @@ def _leaves(reader: Reader, specs: Mapping[str, LeafSpec], *, has_norms: bool) -
 def _verified(reader: Reader, how: Mapping[str, Any]) -> Iterator[str]:
     """Raises ValueError after the last line if anything differs."""
     from merging.checkpoints import checksums
+    from merging.checkpoints.format import CheckpointError
 
     if "checksums" not in how:
-        raise ValueError(
+        raise CheckpointError(
             f"{reader.location} has no manifest with checksums: only what this program wrote can be verified"
         )
     nbytes = pieces = wrong = 0
@@ -125,7 +126,7 @@ def _verified(reader: Reader, how: Mapping[str, Any]) -> Iterator[str]:
         if problem is not None:
             yield f"DIFFERS  {problem}"
     if wrong:
-        raise ValueError(
+        raise CheckpointError(
             f"{reader.location}: {wrong} of {pieces} pieces are not what was written: make it again, or fetch it from a"
             " good copy"
         )
@@ -191,14 +192,18 @@ def _manifest(path: str) -> dict[str, Any]:
 
 
 def _made(how: Mapping[str, Any]) -> Iterator[str]:
+    from merging.checkpoints.format import CheckpointError
+
     if how:
-        code = how.get("environment", {}).get("code", "unknown")
+        code = str(how.get("environment", {}).get("code", "unknown"))
         yield f"made by {how.get('stage')} in {how.get('seconds')} s, {how.get('made')}, code {code[:12]}"
     if "method" in how:
         yield f"method  {how.get('method')}, seed {how.get('identity', {}).get('seed')}"
     for name, given in how.get("inputs", {}).items():
         for each in given if isinstance(given, list) else [given]:
-            yield f"{name.removesuffix('s'):7} {each['path']} ({each['digest'][:12]})"
+            if not isinstance(each, dict):
+                raise CheckpointError(f"the manifest says {each!r} of {name}: it is damaged")
+            yield f"{name.removesuffix('s'):7} {each.get('path')} ({str(each.get('digest'))[:12]})"
 
 
 def _pattern(item: str) -> tuple[str, int]:

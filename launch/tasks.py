@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import app, flags, logging
 
-from launch import gin_config
+from launch import command, gin_config
 
 if TYPE_CHECKING:
     from tasks.dataset import Dataset
@@ -61,8 +61,7 @@ def main(argv: Sequence[str]) -> None:
     """Lists, or shows one task or mixture."""
     if len(argv) > 2:
         raise app.UsageError(f"name one task or mixture; found {len(argv) - 1}")
-    if logging.get_verbosity() == logging.INFO:
-        logging.set_verbosity(logging.WARNING)  # seqio tells of every dataset that it caches
+    command.quiet_libraries()
     try:
         arguments = configured(
             gin_config.GIN_FILE.value,

@@ -6,13 +6,13 @@ behind the last task that was whole: the lines are then those of a run that was 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
-import jax
 from etils import epath
 
 from merging import manifest
@@ -65,6 +65,14 @@ class Settings:
     prefix_lm: bool | None = None
     write_examples: bool = False
 
+    def config_of(self, checkpoint: epath.PathLike) -> DecoderConfig:
+        """The configuration of the model in a folder. Raises CheckpointError where nothing says it."""
+        given = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        changes = {name: value for name, value in given.items() if value is not None}
+        if self.model is None:
+            return model_file.describe(checkpoint, **changes).config
+        return dataclasses.replace(self.model, **changes)
+
     def options(self, config: DecoderConfig) -> Options:
         """How a model of this configuration is run."""
         prefix_lm = family_of(config) == "palm" if self.prefix_lm is None else self.prefix_lm
@@ -100,7 +108,7 @@ class Plan:
             if any(task.kind == kind for task in self.tasks)
         )
         lines = [
-            f"{len(self.configs)} models on {len(self.tasks)} tasks ({kinds}), {self.examples:,} examples each,"
+            f"{_number(self.configs, 'model')} on {_number(self.tasks, 'task')} ({kinds}), {self.examples:,} examples each,"
             f" to {self.settings.output_dir}"
         ]
         cut_inputs = sum(task.cut_inputs for task in self.tasks)
@@ -110,6 +118,10 @@ class Plan:
                 f"cut to TASK_FEATURE_LENGTHS: the inputs of {cut_inputs:,} examples, choices of {cut_targets:,}"
             )
         return "\n".join(lines)
+
+
+def _number(things: Sized, name: str) -> str:
+    return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
 
 
 _KINDS = {"rank": "ranked", "generate": "generated", "loss": "of loss"}
@@ -139,33 +151,36 @@ def plan(settings: Settings, tasks: Sequence[Task], *, tasks_identity: Mapping[s
 
     Raises ValueError or CheckpointError for what can't be evaluated.
     """
+    configs, identity = described_models(settings)
+    largest = _largest_token(tasks)
+    for model_id, config in configs.items():
+        if largest >= config.vocab_size:
+            raise ValueError(
+                f"model {model_id} has a vocabulary of {config.vocab_size:,} and the tasks have a token {largest:,}: give the"
+                " VOCABULARY that the model was trained with"
+            )
+    identity = {"stage": "evaluate", **identity, "tasks": _as_json(tasks_identity)}
+    return Plan(settings=settings, tasks=tasks, configs=configs, identity=identity)
+
+
+def described_models(settings: Settings) -> tuple[dict[str, DecoderConfig], dict[str, Any]]:
+    """Each model's configuration, and JSON that says all that scores depend on besides the tasks: models and settings.
+
+    Raises ValueError or CheckpointError for models that can't be evaluated, and for an output that is or lies in one of them.
+    """
     if not settings.checkpoints:
         raise ValueError(
             "there is no model to evaluate: give CHECKPOINTS or INITIAL_CHECKPOINT_PATH"
         )
-    changes = {
-        name: value
-        for name, value in (("dtype", settings.dtype), ("param_dtype", settings.param_dtype))
-        if value is not None
-    }
     configs, inputs = {}, {}
     for model_id, path in settings.checkpoints.items():
-        if settings.model is None:
-            config = model_file.describe(path, **changes).config
-        else:
-            config = dataclasses.replace(settings.model, **changes)
+        config = settings.config_of(path)
         reader = open_checkpoint(epath.Path(path), params_path=settings.params_path)
         try:
             as_model(reader, config)
             inputs[model_id] = {"path": str(path), "digest": reader.digest()}
         finally:
             reader.close()
-        largest = _largest_token(tasks)
-        if largest >= config.vocab_size:
-            raise ValueError(
-                f"model {model_id} has a vocabulary of {config.vocab_size:,} and the tasks have a token {largest:,}: give the"
-                " VOCABULARY that the model was trained with"
-            )
         configs[model_id] = config
         settings.options(config)
     manifest.check_apart(epath.Path(settings.output_dir), list(settings.checkpoints.values()))
@@ -178,13 +193,11 @@ def plan(settings: Settings, tasks: Sequence[Task], *, tasks_identity: Mapping[s
     ):  # where, and what the models are told by
         del plain[name]
     identity = {
-        "stage": "evaluate",
         "models": inputs,
         "configs": {model_id: dataclasses.asdict(config) for model_id, config in configs.items()},
-        "tasks": dict(tasks_identity),
         "settings": plain,
     }
-    return Plan(settings=settings, tasks=tasks, configs=configs, identity=_as_json(identity))
+    return configs, _as_json(identity)
 
 
 def run(
@@ -205,14 +218,25 @@ def run(
     output = epath.Path(settings.output_dir)
     if manifest.is_done(output, planned.identity):
         return Report(scores=ScoresFile(output / SCORES).scores, was_done=True)
+    with contextlib.closing(manifest.Staging(output)) as staging:
+        return _run(planned, staging, config_text, progress, log)
+
+
+def _run(
+    planned: Plan,
+    staging: manifest.Staging,
+    config_text: str,
+    progress: Progress,
+    log: Callable[[str], None],
+) -> Report:
+    settings = planned.settings
     started = time.monotonic()
     is_main = hosts.is_main()
-    staging = manifest.Staging(output)
     if is_main and staging.resume(planned.identity):
         log(f"goes on from {staging.folder}")
     hosts.wait_for_all("staged")
     file = ScoresFile(staging.folder / SCORES)
-    mesh = (settings.mesh or MeshShape(data=jax.device_count())).mesh()
+    mesh = (settings.mesh or MeshShape.of_all_devices()).mesh()
     evaluators: dict[DecoderConfig, Evaluator] = {}
     ties = examples = 0
     total = planned.examples
@@ -248,7 +272,7 @@ def run(
             | {"config": config_text, "examples": total, "ties": ties}
         )
     hosts.wait_for_all("committed")
-    scores = file.scores if is_main else ScoresFile(output / SCORES).scores
+    scores = file.scores if is_main else ScoresFile(staging.output / SCORES).scores
     return Report(scores=scores, ties=ties, examples=examples, seconds=time.monotonic() - started)
 
 

@@ -25,7 +25,8 @@ import jax
 from etils import epath
 
 from merging.checkpoints.format import UNFINISHED_FILE
-from merging.checkpoints.storage import is_local, put_file, sync
+from merging.checkpoints.safetensors_header import load_json, show
+from merging.checkpoints.storage import is_local, put_file, put_whole, small_file, sync
 
 MANIFEST = "manifest.json"
 # In a staging folder from its first moment: shows that it is ours to go on with, or to remove.
@@ -34,6 +35,9 @@ JOURNALS = "journal.*.jsonl"  # beside it; see `engine.journal`
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # what file systems without locks say
 _DIGEST = re.compile("[0-9a-f]{64}")
 LIBRARIES = ("jax", "jaxlib", "numpy", "ml_dtypes", "tensorstore", "orbax-checkpoint")
+
+_OBJECTS = ("identity", "environment", "inputs", "checksums", "merges")  # what is read again
+_MAX_MANIFEST_BYTES = 256 << 20  # checksums of a model of 2^40 parameters
 
 
 class OutputError(ValueError):
@@ -162,7 +166,7 @@ class Staging:
     def _marked(self) -> Any:
         """What the marker says; None where a run was stopped before it was whole, and so before anything else was there."""
         try:
-            return json.loads((self.folder / MARKER).read_text())
+            return load_json(small_file(self.folder / MARKER, _MAX_MANIFEST_BYTES), MARKER)
         except ValueError:
             return None
 
@@ -227,9 +231,8 @@ def _brief(value: Any) -> str:
 
 def write(folder: epath.PathLike, manifest: Mapping[str, Any]) -> None:
     """Puts a manifest into a folder, whole or not at all."""
-    temporary = epath.Path(folder) / (MANIFEST + ".tmp")
-    put_file(temporary, (json.dumps(manifest, indent=1) + "\n").encode())
-    temporary.replace(epath.Path(folder) / MANIFEST)
+    text = json.dumps(manifest, indent=1) + "\n"
+    put_whole(epath.Path(folder) / MANIFEST, text.encode())
 
 
 def read(folder: epath.PathLike) -> dict[str, Any] | None:
@@ -241,10 +244,11 @@ def read(folder: epath.PathLike) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        manifest = json.loads(path.read_text())
-        if not isinstance(manifest, dict):
-            raise ValueError(f"it holds a {type(manifest).__name__}, not an object")
-        return manifest
+        found = load_json(small_file(path, _MAX_MANIFEST_BYTES), MANIFEST)
+        for key in _OBJECTS:
+            if not isinstance(found.get(key, {}), dict):
+                raise ValueError(f"{key} is {show(found[key])}, wanted an object")
+        return found
     except (ValueError, OSError) as error:
         raise OutputError(f"{path} can't be read: {error}") from error
 

@@ -88,6 +88,11 @@ class MeshShape:
                 f" of {self.topology}: their product must be that"
             )
 
+    @classmethod
+    def of_all_devices(cls) -> MeshShape:
+        """The default of every stage: all devices that there are along the data axis."""
+        return cls(data=jax.device_count())
+
     @property
     def chips(self) -> int:
         """Devices of one slice."""

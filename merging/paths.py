@@ -30,10 +30,52 @@ def of_tree_path(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def of_leaves(tree: Any) -> list[str]:
+    """The paths of a tree's leaves, in its order."""
+    return [of_tree_path(path) for path, _ in jax.tree.leaves_with_path(tree)]
+
+
 def is_like(name: str, patterns: Iterable[str]) -> bool:
     """Whether a leaf's name, as it stands or as a canonical path, is like one of some shell patterns: `*mlp*`."""
-    names = (name, canonical(name))
-    return any(fnmatch.fnmatchcase(each, pattern) for pattern in patterns for each in names)
+    return Patterns(patterns).first([name]) is not None
+
+
+class Patterns:
+    """Shell patterns in an order, for many leaves: each is compiled once, and those without a wildcard are looked up."""
+
+    def __init__(self, patterns: Iterable[str]):
+        self._patterns = list(patterns)
+        self._plain: dict[str, int] = {}
+        self._wild: list[tuple[int, re.Pattern[str]]] = []
+        for number, pattern in enumerate(self._patterns):
+            if re.search(r"[*?[]", pattern):
+                self._wild.append((number, re.compile(fnmatch.translate(pattern))))
+            else:
+                self._plain.setdefault(pattern, number)
+
+    def first(self, names: Iterable[str]) -> str | None:
+        """The first pattern that one of these names is like, as it stands or as a canonical path."""
+        names = _spellings(names)
+        first = min((self._plain[each] for each in names if each in self._plain), default=None)
+        for number, regex in self._wild:
+            if first is not None and number > first:
+                break
+            if any(regex.match(each) for each in names):
+                first = number
+                break
+        return None if first is None else self._patterns[first]
+
+    def unused(self, leaves: Iterable[Iterable[str]]) -> list[str]:
+        """The patterns that no leaf is like, each given by its names."""
+        every = [name for names in leaves for name in _spellings(names)]
+        found = {self._plain[name] for name in every if name in self._plain}
+        found |= {n for n, regex in self._wild if any(regex.match(name) for name in every)}
+        return [pattern for n, pattern in enumerate(self._patterns) if n not in found]
+
+
+def _spellings(names: Iterable[str]) -> tuple[str, ...]:
+    names = tuple(names)
+    return tuple(dict.fromkeys((*names, *map(canonical, names))))
 
 
 class Stacked:

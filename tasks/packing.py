@@ -48,6 +48,15 @@ class Lengths:
         if self.inputs < 0 or self.targets < 1:
             raise ValueError(f"lengths must be at least 0 (inputs) and 1 (targets); found {self}")
 
+    @classmethod
+    def of(cls, given: Mapping[str, int]) -> Lengths:
+        """From {"inputs": tokens, "targets": tokens}. Raises ValueError where others are named."""
+        if given.keys() != {"inputs", "targets"}:
+            raise ValueError(
+                f"TASK_FEATURE_LENGTHS is {dict(given)}: give 'inputs' and 'targets', and nothing else"
+            )
+        return cls(**given)
+
     @property
     def row(self) -> int:
         return self.inputs + self.targets

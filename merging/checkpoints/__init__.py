@@ -71,7 +71,7 @@ def _format_of(path: epath.Path) -> str:
         return "t5x_orbax" if is_t5x else "orbax"
     if t5x.FILE in names and (path / t5x.FILE).is_file():
         return "t5x"
-    if t5x.FILE in {child.name for child in (path / "state").iterdir()} if "state" in names else ():
+    if (path / "state" / t5x.FILE).exists():
         raise CheckpointError(f"{path}: give {path / 'state'}, which holds a T5X checkpoint")
     steps = [name for name in names if _STEP.fullmatch(name) and (path / name).is_dir()]
     if steps:

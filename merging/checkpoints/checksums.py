@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from crc32c import crc32c
 
 from merging.checkpoints.format import CheckpointError, Index, LeafSpec, Reader
+from merging.checkpoints.safetensors_header import show
 
 Checksums = Mapping[str, Mapping[str, str]]
 
@@ -28,8 +30,8 @@ def box_text(index: Index) -> str:
     return ",".join(f"{part.start}:{part.stop}" for part in index)
 
 
-def verify(reader: Reader, checksums: Checksums) -> Iterator[tuple[int, str | None]]:
-    """Reads every box again: (bytes read, what is wrong with it or None), box by box.
+def verify(reader: Reader, checksums: Any) -> Iterator[tuple[int, str | None]]:
+    """Reads every box again: (bytes read, what is wrong with it or None), box by box. `checksums` as a manifest says them.
 
     Raises CheckpointError unless the boxes are those of the checkpoint: leaves and elements, each once.
     """
@@ -45,9 +47,11 @@ def verify(reader: Reader, checksums: Checksums) -> Iterator[tuple[int, str | No
 
 
 def _boxes(
-    specs: Mapping[str, LeafSpec], checksums: Checksums, *, where: str
+    specs: Mapping[str, LeafSpec], checksums: Any, *, where: str
 ) -> list[tuple[str, str, Index]]:
     boxes, problems = [], []
+    if not isinstance(checksums, dict) or not all(isinstance(v, dict) for v in checksums.values()):
+        raise CheckpointError(f"{where}: the manifest's checksums are {show(checksums)}")
     for name in checksums.keys() - specs.keys():
         problems.append(f"leaf {name} of the manifest is not in the checkpoint")
     for name, spec in specs.items():

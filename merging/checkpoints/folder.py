@@ -36,6 +36,12 @@ class Blob:
     offset: int = 0
     inline: bytes | None = None
 
+    def part(self, start: int, nbytes: int) -> Blob:
+        """Some of its bytes, from `start` on."""
+        if self.inline is not None:
+            return Blob(nbytes, inline=self.inline[start : start + nbytes])
+        return Blob(nbytes, self.file, self.offset + start)
+
 
 class Folder:
     """A folder, open for reading. Thread-safe.
@@ -50,6 +56,7 @@ class Folder:
     def __init__(self, path: epath.PathLike):
         self.path = epath.Path(path)
         self.is_local = is_local(self.path)
+        self._root = os.fspath(self.path)
         self.files = dict(sorted(self._scan()))
 
     def read(self, blob: Blob) -> bytes:
@@ -68,7 +75,7 @@ class Folder:
         if blob.inline is not None:
             buffer[:] = blob.inline[offset : offset + len(buffer)]
             return
-        name = os.fspath(self.path / blob.file)
+        name = f"{self._root}/{blob.file}"
         try:
             if self.is_local:
                 done = self._read_local(name, blob, offset, buffer)
@@ -92,7 +99,7 @@ class Folder:
         """Raises CheckpointError unless these files are as they were when the folder was opened."""
         if self.is_local:
             for file in files:
-                name = os.fspath(self.path / file)
+                name = f"{self._root}/{file}"
                 try:
                     self._compare(name, file, os.lstat(name))
                 except FileNotFoundError:

@@ -8,7 +8,6 @@ loadable goes along to a merged folder. What it leaves out: the arrays (`safeten
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import json
 import os
@@ -19,7 +18,7 @@ from etils import epath
 
 from merging.checkpoints.format import CheckpointError, LeafSpec
 from merging.checkpoints.safetensors_header import load_json, refuse, show
-from merging.checkpoints.storage import ByteSource, is_local
+from merging.checkpoints.storage import is_own_file, leads_out, small_file
 
 MODEL_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -88,7 +87,7 @@ def read_config(folder: epath.Path | None) -> dict[str, Any]:
     if folder is None or not (folder / "config.json").exists():
         return {}
     path = folder / "config.json"
-    return load_json(path.read_bytes(), str(path))
+    return load_json(small_file(path), str(path))
 
 
 def carried_files(
@@ -110,7 +109,11 @@ def carried_files(
     )
     refuse(
         folder,
-        [f"{name} is a link out of the folder" for name in names if not _is_inside(folder, name)],
+        [
+            f"{name} is a link out of the folder, or no regular file"
+            for name in names
+            if not is_own_file(folder / name)
+        ],
         "copy these files into the folder, or remove them",
     )
     carried: dict[str, epath.Path | bytes] = {name: folder / name for name in names}
@@ -118,14 +121,20 @@ def carried_files(
         config = read_config(folder)
         if not _set_dtype(config, config_dtype):
             config["torch_dtype"] = config_dtype
-        carried["config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        try:
+            carried["config.json"] = text.encode()
+        except UnicodeEncodeError as error:
+            raise CheckpointError(
+                f"{folder / 'config.json'} spells what is not Unicode text: {error}"
+            ) from None
     return carried
 
 
 def _only_file(folder: epath.Path, present: set[str]) -> str:
     files = sorted(name for name in present if name.endswith(".safetensors"))
     if MODEL_FILE in files:
-        return MODEL_FILE
+        files = [MODEL_FILE]
     if len(files) != 1:
         raise CheckpointError(
             f"{folder}: found {show(files) if files else 'no file ending in .safetensors'}; wanted "
@@ -133,15 +142,16 @@ def _only_file(folder: epath.Path, present: set[str]) -> str:
             "file (pickles such as pytorch_model.bin are never loaded: save the model again with "
             "safe_serialization=True)"
         )
+    if leads_out(folder / files[0]):
+        raise CheckpointError(
+            f"{folder / files[0]} is a link to {os.path.realpath(folder / files[0])}: give that path, or copy the file"
+        )
     return files[0]
 
 
 def _read_weight_map(path: epath.Path) -> dict[str, str]:
     """{leaf: file} of an index; CheckpointError where it isn't that, or names a path."""
-    with contextlib.closing(ByteSource(path)) as source:
-        if source.size > _MAX_INDEX_BYTES:
-            raise CheckpointError(f"{path}: {source.size} bytes, wanted {_MAX_INDEX_BYTES} at most")
-        tree = load_json(source.read(0, source.size), str(path))
+    tree = load_json(small_file(path, _MAX_INDEX_BYTES), str(path))
     weight_map = tree.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: weight_map is {show(weight_map)}, wanted files by leaf")
@@ -161,28 +171,13 @@ def _check_shards(folder: epath.Path, weight_map: Mapping[str, str], present: se
     for file, name in sorted(one_leaf.items()):
         if file not in present:
             problems.append(f"shard {show(file)} is missing; it holds leaf {show(name)}, for one")
-        elif not _is_inside(folder, file):
+        elif leads_out(folder / file):
             problems.append(f"shard {file} is a link to {os.path.realpath(folder / file)}")
     refuse(
         folder,
         problems,
         "every shard of the index must lie in its folder: fetch or copy what is missing or linked",
     )
-
-
-def _is_inside(folder: epath.Path, name: str) -> bool:
-    """False for a symbolic link out of the folder.
-
-    A snapshot in the Hugging Face hub's cache is a folder of links to ../../blobs; those are fine.
-    """
-    if not is_local(folder):  # no links there
-        return True
-    home = os.path.realpath(folder)
-    allowed = {home}
-    snapshots = os.path.dirname(home)
-    if os.path.basename(snapshots) == "snapshots":
-        allowed.add(os.path.join(os.path.dirname(snapshots), "blobs"))
-    return os.path.dirname(os.path.realpath(os.path.join(home, name))) in allowed
 
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> bool:

@@ -165,6 +165,14 @@ def in_layout_of(
     return reader if layout is None else LayoutReader(reader, layout, buffer_bytes=buffer_bytes)
 
 
+def layer_of(name: str) -> tuple[str, int] | None:
+    """`model.layers.7.mlp.weight` -> ("model/layers/7", 7): a layer's path and number; None where the leaf is in no layer."""
+    for place, number in _numbered(name):
+        if place.is_under(LAYER_PARTS):
+            return f"{canonical(place.root)}/{number}", number
+    return None
+
+
 # ---- where names have numbers --------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ import urllib.parse
 from collections.abc import Mapping
 from typing import Any
 
+from merging.checkpoints import codecs
 from merging.checkpoints.folder import Blob, Folder
 from merging.checkpoints.format import CheckpointError
 from merging.checkpoints.safetensors_header import show
@@ -22,6 +23,8 @@ MANIFEST = "manifest.ocdbt"
 _MAX_MANIFEST_BYTES = 16 << 20
 _MAX_NODE_BYTES = 100 << 20
 _MAX_NODES = 1 << 20
+# Manifests and nodes are packed by zstd: what may come out is 16 times this where blocks are small, so 256 MiB.
+_UNPACKED_BYTES = 16 << 20
 _LOCATION = re.compile(r"(value|btreenode):([^:]*):([^:]*):(\d{1,18}):(\d{1,18})")
 
 
@@ -41,6 +44,7 @@ def entries(folder: Folder) -> Mapping[str, Blob]:
     where = f"{folder.path / MANIFEST}"
     if folder.files[MANIFEST].size > _MAX_MANIFEST_BYTES:
         raise CheckpointError(f"{where}: {folder.files[MANIFEST].size} bytes are no manifest")
+    _check_packing(folder, Blob(folder.files[MANIFEST].size, MANIFEST))
     base = ts.KvStore.open(kvstore(folder)).result()
 
     def dump(location: str | None) -> Any:
@@ -64,6 +68,7 @@ def entries(folder: Folder) -> Mapping[str, Blob]:
         blob = _blob(folder, location, "btreenode")
         if blob.nbytes > _MAX_NODE_BYTES:
             raise CheckpointError(f"{where}: node {show(location)} is too large to be one")
+        _check_packing(folder, blob)
         node = dump(location)
         if height is not None and node["height"] != height:  # so that no tree leads in a circle
             raise CheckpointError(
@@ -80,6 +85,23 @@ def entries(folder: Folder) -> Mapping[str, Blob]:
             else:
                 found[_text(key, where)] = _blob(folder, entry["indirect_value"], "value")
     return found
+
+
+def _check_packing(folder: Folder, blob: Blob) -> None:
+    """Raises CheckpointError where a manifest or node may unpack to more than memory should be taken for."""
+    start = folder.read(blob.part(0, min(blob.nbytes, 32)))[12:]  # behind magic and length
+    numbers = re.match(
+        rb"[\x80-\xff]*[\x00-\x7f]([\x80-\xff]*[\x00-\x7f])", start
+    )  # version, packing
+    if numbers and numbers[1][0] & 0x7F == 1:  # else tensorstore says what is wrong, if anything is
+        begin = 12 + numbers.end()
+        codecs.check(
+            "zstd",
+            lambda offset, count: folder.read(blob.part(begin + offset, count)),
+            blob.nbytes - begin - 4,  # a checksum
+            _UNPACKED_BYTES,
+            f"{folder.path / blob.file}: byte {blob.offset}: a part of the database",
+        )
 
 
 def _blob(folder: Folder, location: str, kind: str) -> Blob:

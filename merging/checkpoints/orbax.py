@@ -17,6 +17,7 @@ What it leaves out: `_sharding` (a restore without a target gives numpy arrays),
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections.abc import Mapping
@@ -30,7 +31,7 @@ from merging.checkpoints.boxes import Assembler, chunk_shape
 from merging.checkpoints.folder import Blob, Folder
 from merging.checkpoints.format import CheckpointError, LeafSpec
 from merging.checkpoints.safetensors_header import load_json, show
-from merging.checkpoints.storage import put_file
+from merging.checkpoints.storage import is_local, put_file
 from merging.checkpoints.tree_writer import (
     CHUNK_BYTES,
     DatabaseStore,
@@ -118,17 +119,25 @@ def find_item(path: epath.Path, params_path: str | None) -> tuple[epath.Path, st
     if (path / METADATA_FILE).exists():
         return path, params_path
     items = items_of(path)
-    if len(items) == 1:
-        return path / items[0], params_path
     first, _, below = (params_path or "").partition("/")
+    if len(items) == 1:
+        return _no_link(path / items[0]), params_path
     if first in items:
-        return path / first, below
+        return _no_link(path / first), below
     if items:
         raise CheckpointError(
             f"{path} is a step with several items that hold trees: {', '.join(items)}; give the path of one, or begin "
             "PARAMS_PATH with its name"
         )
     raise CheckpointError(f"{path} holds no {METADATA_FILE}: it is no Orbax checkpoint")
+
+
+def _no_link(path: epath.Path) -> epath.Path:
+    if is_local(path) and os.path.islink(path):
+        raise CheckpointError(
+            f"{path} is a symbolic link: a checkpoint is read from its own folder only; give the path that it leads to"
+        )
+    return path
 
 
 def items_of(path: epath.Path) -> list[str]:
@@ -161,6 +170,8 @@ def _entries(
         try:
             path = tuple(map(_key, entry["key_metadata"]))
             kind = entry["value_metadata"]["value_type"]
+            if not path:
+                raise ValueError("no keys")
         except (KeyError, TypeError, ValueError):
             raise CheckpointError(
                 f"{where}: leaf {show(name)} is described by {show(entry)}, wanted its keys and a value_type"

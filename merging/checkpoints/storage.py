@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import functools
 import os
 import stat
@@ -36,6 +37,9 @@ from merging.checkpoints.format import CheckpointError
 # lock, of which a merge's workers make ten thousand a second. Whoever commits calls `check_unchanged` first, so a change
 # between two looks can stop a run late, but never goes unseen.
 SECONDS_BETWEEN_LOOKS = 0.02
+
+# What the system says of a path that leads to no file, rather than of a disk that fails.
+_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 _VANISHED = "{}: the file vanished since it was opened; put it back and run again"
 
@@ -66,8 +70,11 @@ class ByteSource:
             else:
                 found = self.path.stat()
                 self.size, self.mtime_ns = found.length, found.mtime * 10**9
-        except FileNotFoundError:
-            raise CheckpointError(f"{self._name}: no such file; check the path") from None
+        except OSError as error:
+            if error.errno not in _NO_FILE:
+                raise
+            reason = "no such file" if error.errno == errno.ENOENT else error.strerror
+            raise CheckpointError(f"{self._name}: {reason}; check the path") from None
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fills `buffer` (writable bytes, contiguous) with the bytes from `offset` (bytes) on.
@@ -176,6 +183,44 @@ class ByteSource:
         )
 
 
+def small_file(path: epath.PathLike, limit: int = 4 << 20) -> bytes:
+    """A file's bytes, whole. Raises CheckpointError where it is larger than `limit` bytes, no regular file, or a link that
+    leads out of its folder."""
+    if leads_out(path):
+        raise CheckpointError(
+            f"{os.fspath(path)} is a link to {os.path.realpath(path)}: a checkpoint is read from its own folder only; copy"
+            " it with its files"
+        )
+    with contextlib.closing(ByteSource(path)) as source:
+        if source.size > limit:
+            raise CheckpointError(
+                f"{os.fspath(path)}: {source.size} bytes, wanted at most {limit}; do not trust this checkpoint"
+            )
+        return source.read(0, source.size)
+
+
+def is_own_file(path: epath.PathLike) -> bool:
+    """Whether this is a regular file, and no link out of its folder."""
+    if not is_local(path):
+        return epath.Path(path).is_file()
+    return os.path.isfile(path) and not leads_out(path)  # to epath, pipes are files
+
+
+def leads_out(path: epath.PathLike) -> bool:
+    """Whether a file is a symbolic link out of its folder.
+
+    A snapshot in the Hugging Face hub's cache is a folder of links to ../../blobs; those are fine.
+    """
+    if not is_local(path) or not os.path.islink(path):
+        return False
+    home = os.path.realpath(os.path.dirname(os.path.abspath(os.fspath(path))))
+    allowed = {home}
+    snapshots = os.path.dirname(home)
+    if os.path.basename(snapshots) == "snapshots":
+        allowed.add(os.path.join(os.path.dirname(snapshots), "blobs"))
+    return os.path.dirname(os.path.realpath(path)) not in allowed
+
+
 def is_local(path: epath.PathLike) -> bool:
     """True for this machine's file systems (mounted ones too), False for `gs://` and the like."""
     return "://" not in os.fspath(path)
@@ -271,6 +316,13 @@ def put_file(path: epath.Path, content: bytes) -> None:
         if is_local(path):
             handle.flush()
             os.fsync(handle.fileno())
+
+
+def put_whole(path: epath.Path, content: bytes) -> None:
+    """A small file in place of what is there, at once: whoever looks finds the old one or the new one."""
+    temporary = path.parent / (path.name + ".tmp")
+    put_file(temporary, content)
+    temporary.replace(path)
 
 
 def sync(path: epath.PathLike) -> None:

@@ -7,11 +7,11 @@ hold that copy: it is read as if the leaf were not there.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 
 import numpy as np
 
+from merging.checkpoints.boxes import row_boxes
 from merging.checkpoints.format import CheckpointError, Index, LeafSpec, Reader
 
 COMPARED_ELEMENTS = 1 << 20  # in one go
@@ -80,16 +80,10 @@ def _check_copy(reader: Reader, leaf: str, source: str) -> None:
         )
     one, other = specs[leaf], specs[source]
     is_same = (one.shape, one.dtype) == (other.shape, other.dtype)
-    rows = max(1, COMPARED_ELEMENTS // max(1, math.prod(one.shape[1:])))
-    for start in range(0, one.shape[0] if is_same and one.shape else 0, rows):
-        box = (
-            slice(start, min(start + rows, one.shape[0])),
-            *(slice(0, size) for size in one.shape[1:]),
-        )
-        is_same = reader.read(leaf, box).tobytes() == reader.read(source, box).tobytes()
-        if not is_same:
-            break
-    if not is_same:
+    boxes = row_boxes(one.shape, COMPARED_ELEMENTS) if is_same else ()
+    if not is_same or any(
+        reader.read(leaf, box).tobytes() != reader.read(source, box).tobytes() for box in boxes
+    ):
         raise CheckpointError(
             f"{reader.location}: leaf {leaf} is not a copy of {source}, and the base has no {leaf} to merge it into: give"
             " a base that holds both (in transformers: tie_word_embeddings=False and save_pretrained)"

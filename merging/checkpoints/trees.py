@@ -237,6 +237,8 @@ def file_bytes(folder: Folder, name: str, limit: int) -> bytes:
     """A small file, whole. Raises CheckpointError where it is larger than `limit` bytes."""
     from merging.checkpoints.folder import Blob
 
+    if name not in folder.files:
+        raise CheckpointError(f"{os.fspath(folder.path / name)} is no file")
     size = folder.files[name].size
     if size > limit:
         raise CheckpointError(

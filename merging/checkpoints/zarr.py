@@ -1,9 +1,9 @@
 """One array in chunks, as zarr stores it: its metadata checked, boxes read.
 
-Formats: https://zarr-specs.readthedocs.io (v2 and v3), with tensorstore's name `bfloat16`. Uncompressed chunks of version 2 are
-read by range, as a safetensors file is: only the bytes of the box, into the caller's buffer, without a cache. All others
-are decoded by tensorstore, whole chunks at a time, which it keeps in a cache, since boxes that follow each other lie in the
-same chunks.
+Formats: https://zarr-specs.readthedocs.io (v2 and v3), with tensorstore's name `bfloat16`. Uncompressed chunks are read by range,
+as a safetensors file is: only the bytes of the box, into the caller's buffer, without a cache. All others are unpacked whole,
+here (gzip) or by tensorstore (zstd, shards), and kept in a cache, since boxes that follow each other lie in the same
+chunks. How much a chunk unpacks to is known before (`codecs.py`).
 
 A chunk that is absent is an error; only where the metadata names a fill value, and the format that holds the array leaves out
 chunks of that value, is it taken for them.
@@ -16,13 +16,14 @@ import gzip
 import json
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from concurrent import futures
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from merging.checkpoints import boxes
+from merging.checkpoints import boxes, codecs
 from merging.checkpoints.folder import Blob, Folder
 from merging.checkpoints.format import CheckpointError, Index, LeafSpec
 from merging.checkpoints.ocdbt import kvstore
@@ -36,6 +37,8 @@ _MAX_BYTES = 2**63 - 1
 # A chunk larger than this must have a stored size from which it can come: nothing that zstd or gzip packs shrinks more.
 _UNCHECKED_BYTES = 256 << 20
 _MAX_RATIO = 1 << 15
+# What does not shrink grows a little when it is packed, and a shard has an index.
+_UNPACKED_BYTES = 1 << 20
 # A box is read with what lies between its runs where that is at most so much more; else run by run.
 _MAX_WASTE = 2
 
@@ -52,17 +55,41 @@ _V2_DTYPES = {dtype.str: dtype for name, dtype in DTYPES.items() if name != "bfl
 
 
 @dataclasses.dataclass(frozen=True)
+class Shard:
+    """How a chunk of zarr 3 holds smaller ones: their shape and packing, and whether their index is at its end."""
+
+    chunk: tuple[int, ...]
+    packing: str | None
+    is_index_last: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Metadata:
-    """What `.zarray` or `zarr.json` says. `direct`: chunks hold the plain bytes of their elements in C order; `has_fill`:
-    it names the value of chunks that are absent."""
+    """What `.zarray` or `zarr.json` says.
+
+    Attributes:
+      packing: of each chunk, a name of `codecs.KNOWN`, or None; that of the smaller ones where `shard` is given.
+      is_plain: unpacked chunks hold the bytes of their elements, little-endian, in C order, and absent ones are zeros.
+      separator: between the numbers in a chunk's name.
+      has_fill: it names the value of chunks that are absent.
+      trailing: bytes behind a packed chunk (a checksum).
+    """
 
     version: int
     shape: tuple[int, ...]
     chunk: tuple[int, ...]
     dtype: np.dtype
-    direct: bool
+    packing: str | None
+    is_plain: bool
     separator: str
     has_fill: bool
+    shard: Shard | None = None
+    trailing: int = 0
+
+    @property
+    def direct(self) -> bool:
+        """Whether chunks can be read by range."""
+        return self.is_plain and self.packing is None
 
     @property
     def chunk_bytes(self) -> int:
@@ -108,8 +135,9 @@ class Array:
     ):
         self._folder, self._name, self._in_database = folder, name, in_database
         self._context = context
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # guards _opened
         self._opened: Any = None
+        self._checked: set[str] = set()  # keys of chunks that may be unpacked
         file = next((f for f in (V2_FILE, V3_FILE) if f in blobs), None)
         self._where = f"{folder.path}: array {show(name)}"
         if file is None:
@@ -138,7 +166,7 @@ class Array:
 
     def read(self, index: Index, out: np.ndarray) -> None:
         """The box into `out`, C-contiguous [*box]. Raises CheckpointError with the file where bytes are missing."""
-        if not self.metadata.direct:
+        if not self.metadata.is_plain or self.metadata.packing not in (None, *codecs.INFLATED):
             out[...] = self._decode(index).view(self.dtype)
             return
         shape, chunk = self.shape, self.metadata.chunk
@@ -150,25 +178,66 @@ class Array:
                 target[...] = 0
                 continue
             start = tuple(slice(p * c, (p + 1) * c) for p, c in zip(position, chunk, strict=True))
-            read_part(
-                lambda offset, buffer, blob=blob: self._folder.read_into(blob, offset, buffer),
-                chunk,
-                boxes.relative(shared, start),
-                target,
-            )
+            inside = boxes.relative(shared, start)
+            if self.metadata.direct:
+                read_part(self._reading(blob), chunk, inside, target)
+            else:
+                target[...] = self._inflated(position, blob)[(*inside, ...)]
+
+    def _reading(self, blob: Blob) -> Callable[[int, memoryview], None]:
+        return lambda offset, buffer: self._folder.read_into(blob, offset, buffer)
+
+    def _inflated(self, position: boxes.Shape, blob: Blob) -> np.ndarray:
+        """A chunk, [*chunk]; not to be changed."""
+        meta = self.metadata
+
+        def inflate() -> np.ndarray:
+            where = f"{self._where}: chunk {show(meta.key(position))}"
+            data = codecs.inflate(meta.packing, self._folder.read(blob), meta.chunk_bytes, where)
+            return np.frombuffer(data, self.dtype).reshape(meta.chunk)
+
+        return self._context.chunk((self._name, position), meta.chunk_bytes, inflate)
 
     def _decode(self, index: Index) -> np.ndarray:
+        """The box by tensorstore, after a look at what it will unpack."""
         files = set()
         for position in boxes.chunks_of(index, self.metadata.chunk):
-            blob = self._chunks.get(self.metadata.key(position))
-            if blob is not None and blob.inline is None:
+            key = self.metadata.key(position)
+            blob = self._chunks.get(key)
+            if blob is None:
+                continue
+            if blob.inline is None:
                 files.add(blob.file)
+            if key not in self._checked:
+                self._check_unpacked(blob, f"{self._where}: chunk {show(key)}")
+                self._checked.add(key)
         try:
             array = self._open()[index].read().result()
         except ValueError as error:
             raise CheckpointError(f"{self._where}: {error}") from None
         self._folder.check(files)  # tensorstore takes a chunk that vanished for zeros
         return np.asarray(array)
+
+    def _check_unpacked(self, blob: Blob, where: str) -> None:
+        """Raises CheckpointError where a chunk may unpack to far more than its elements take."""
+        meta = self.metadata
+
+        def read(offset: int, count: int) -> bytes:
+            return self._folder.read(blob.part(offset, count))
+
+        def check(packing: str | None, start: int, size: int, nbytes: int) -> None:
+            size -= meta.trailing
+            if packing in codecs.INFLATED:  # unpacked here only to see its size
+                codecs.inflate(packing, read(start, size), nbytes, where)
+            elif packing is not None:
+                codecs.check(packing, lambda at, n: read(start + at, n), size, nbytes, where)
+
+        if meta.shard is None:
+            check(meta.packing, 0, blob.nbytes, meta.chunk_bytes)
+            return
+        inner = math.prod(meta.shard.chunk) * meta.dtype.itemsize
+        for start, size in _shard_index(meta, read, blob.nbytes, where):
+            check(meta.shard.packing, start, size, inner)
 
     def _open(self) -> Any:
         import tensorstore as ts
@@ -216,23 +285,55 @@ class Array:
                     f"{self._where}: chunk {show(key)} claims {meta.chunk_bytes} bytes but has {blob.nbytes}, more "
                     "than packing explains; do not trust this checkpoint"
                 )
+            if blob.nbytes > _UNPACKED_BYTES + 2 * meta.chunk_bytes:
+                raise CheckpointError(
+                    f"{self._where}: chunk {show(key)} has {blob.nbytes} bytes, {list(meta.chunk)} of {meta.dtype} "
+                    f"takes {meta.chunk_bytes} unpacked; do not trust this checkpoint"
+                )
 
 
 class Context:
-    """tensorstore's context, made when it is first needed, with a cache of as many bytes as were asked for by then."""
+    """What the arrays of a checkpoint share: unpacked chunks, of which `cache_bytes` are kept. Thread-safe."""
 
     def __init__(self) -> None:
         self.cache_bytes = 0
         self._lock = threading.Lock()
         self._made: Any = None
+        self._kept: dict[Hashable, tuple[futures.Future[np.ndarray], int]] = {}  # newest last
+        self._kept_bytes = 0
 
     def get(self) -> Any:
+        """tensorstore's context, made when it is first needed, with a cache of as many bytes as were asked for by then."""
         import tensorstore as ts
 
         with self._lock:
             if self._made is None:
                 self._made = ts.Context({"cache_pool": {"total_bytes_limit": self.cache_bytes}})
             return self._made
+
+    def chunk(self, key: Hashable, nbytes: int, unpack: Callable[[], np.ndarray]) -> np.ndarray:
+        """The chunk of a key, unpacked by whoever asks first, and anew once it had to make room for others."""
+        with self._lock:
+            future, nbytes = self._kept.pop(key, (None, nbytes))
+            is_mine = future is None
+            if is_mine:
+                future = futures.Future()
+                self._kept_bytes += nbytes
+            self._kept[key] = future, nbytes
+            while self._kept_bytes > self.cache_bytes and len(self._kept) > 1:
+                self._drop(next(iter(self._kept)))
+        if is_mine:
+            try:
+                future.set_result(unpack())
+            except BaseException as error:
+                with self._lock:
+                    self._drop(key)
+                future.set_exception(error)
+                raise
+        return future.result()
+
+    def _drop(self, key: Hashable) -> None:
+        self._kept_bytes -= self._kept.pop(key, (None, 0))[1]
 
 
 def read_part(read_into: Any, shape: Sequence[int], index: Index, target: np.ndarray) -> None:
@@ -274,7 +375,7 @@ def _parse(raw: bytes, file: str, where: str) -> Metadata:
     parse = _parse_v2 if file == V2_FILE else _parse_v3
     try:
         metadata = parse(tree)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{where} is not as zarr describes an array: {error!r}") from None
     except ValueError as error:
         raise CheckpointError(f"{where}: {error}") from None
@@ -293,45 +394,128 @@ def _parse_v2(tree: Mapping[str, Any]) -> Metadata:
     named = tree["dtype"]
     if not isinstance(named, str) or named.replace(">", "<") not in _V2_DTYPES:
         raise ValueError(f"dtype {show(named)} is not read; wanted one of {', '.join(_V2_DTYPES)}")
-    separator = tree.get("dimension_separator", ".")
-    if separator not in (".", "/"):
-        raise ValueError(f"dimension_separator is {show(separator)}")
-    direct = (
-        tree["compressor"] is None
-        and not tree.get("filters")
-        and tree["order"] == "C"
-        and tree["fill_value"] in (None, 0, False)
-        and not named.startswith(">")
-    )
-    dtype = _V2_DTYPES[named.replace(">", "<")]
+    filters = tree.get("filters")
+    if filters not in (None, []):
+        raise ValueError(f"filters {show(filters)} are not read")
+    described, fill = tree["compressor"], tree["fill_value"]
     return Metadata(
-        2,
-        _counts(tree["shape"]),
-        _counts(tree["chunks"]),
-        dtype,
-        direct,
-        separator,
-        tree["fill_value"] is not None,
+        version=2,
+        shape=_counts(tree["shape"]),
+        chunk=_counts(tree["chunks"]),
+        dtype=_V2_DTYPES[named.replace(">", "<")],
+        packing=None if described is None else _packing(described["id"]),
+        is_plain=tree["order"] == "C" and _is_zero(fill) and not named.startswith(">"),
+        separator=_separator(tree.get("dimension_separator", ".")),
+        has_fill=fill is not None,
     )
 
 
 def _parse_v3(tree: Mapping[str, Any]) -> Metadata:
     if tree["zarr_format"] != 3 or tree["node_type"] != "array":
         raise ValueError("it does not describe an array of zarr 3")
-    if tree["data_type"] not in DTYPES:
-        raise ValueError(
-            f"data_type {show(tree['data_type'])} is not read; wanted {', '.join(DTYPES)}"
-        )
+    named = tree["data_type"]
+    if not isinstance(named, str) or named not in DTYPES:
+        raise ValueError(f"data_type {show(named)} is not read; wanted {', '.join(DTYPES)}")
     grid, encoding = tree["chunk_grid"], tree["chunk_key_encoding"]
     if grid["name"] != "regular" or encoding["name"] != "default":
         raise ValueError(f"chunks {show(grid['name'])}, {show(encoding['name'])} are not read")
-    separator = encoding.get("configuration", {}).get("separator", "/")
-    if separator not in (".", "/"):
-        raise ValueError(f"separator is {show(separator)}")
     chunk = _counts(grid["configuration"]["chunk_shape"])
+    first, shard = _named(tree["codecs"][0]), None
+    if first[0] == "sharding_indexed":
+        if len(tree["codecs"]) > 1:
+            raise ValueError(f"codecs {show(tree['codecs'])} are not read: shards packed again")
+        packing, is_plain, trailing = _chain(first[1]["codecs"])
+        location = first[1].get("index_location", "end")
+        if location not in ("start", "end") or _chain(first[1]["index_codecs"]) != (None, True, 4):
+            raise ValueError(f"the index of shards {show(first[1])} is not read")
+        shard = Shard(_counts(first[1]["chunk_shape"]), packing, location == "end")
+        if len(shard.chunk) != len(chunk) or any(
+            not s or c % s for s, c in zip(shard.chunk, chunk, strict=True)
+        ):
+            raise ValueError(f"chunks of {show(chunk)} hold none of {show(shard.chunk)}")
+    else:
+        packing, is_plain, trailing = _chain(tree["codecs"])
     return Metadata(
-        3, _counts(tree["shape"]), chunk, DTYPES[tree["data_type"]], False, separator, True
+        version=3,
+        shape=_counts(tree["shape"]),
+        chunk=chunk,
+        dtype=DTYPES[named],
+        packing=packing,
+        is_plain=is_plain and not trailing and shard is None and _is_zero(tree["fill_value"]),
+        separator=_separator(encoding.get("configuration", {}).get("separator", "/")),
+        has_fill=True,
+        shard=shard,
+        trailing=trailing,
     )
+
+
+def _chain(described: Any) -> tuple[str | None, bool, int]:
+    """What a chain of zarr 3's codecs packs with, whether it leaves the bytes of elements as they are, bytes behind it."""
+    packing, is_plain, trailing, is_in_bytes = None, True, 0, False
+    for name, options in map(_named, described):
+        if name == "transpose" and not is_in_bytes:
+            is_plain = False
+        elif name == "bytes" and not is_in_bytes:
+            is_in_bytes = True
+            is_plain = is_plain and options.get("endian", "little") == "little"
+        elif name in codecs.KNOWN and is_in_bytes and packing is None and not trailing:
+            packing = name
+        elif name == "crc32c" and is_in_bytes and not trailing:
+            trailing = 4
+        else:
+            raise ValueError(f"codecs {show(described)} are not read")
+    if not is_in_bytes:
+        raise ValueError(f"codecs {show(described)} give no bytes")
+    return packing, is_plain, trailing
+
+
+def _named(codec: Any) -> tuple[str, Mapping[str, Any]]:
+    """A codec's name and options; a name alone is short for it without any."""
+    if isinstance(codec, str):
+        return codec, {}
+    options = codec.get("configuration", {})
+    if not isinstance(codec["name"], str) or not isinstance(options, dict):
+        raise ValueError(f"codec {show(codec)} is not read")
+    return codec["name"], options
+
+
+def _packing(named: Any) -> str:
+    if not isinstance(named, str) or named not in codecs.KNOWN:
+        raise ValueError(
+            f"compressor {show(named)} is not read; wanted one of {', '.join(codecs.KNOWN)}"
+        )
+    return named
+
+
+def _separator(found: Any) -> str:
+    if found not in (".", "/"):
+        raise ValueError(f"the separator of chunks' names is {show(found)}")
+    return found
+
+
+def _is_zero(fill: Any) -> bool:
+    return str(fill) in ("None", "0", "0.0", "False")  # not -0.0
+
+
+def _shard_index(
+    meta: Metadata, read: codecs.Read, size: int, where: str
+) -> Iterator[tuple[int, int]]:
+    """Where the smaller chunks of one lie: (offset, bytes) of each that is there."""
+    count = math.prod(c // s for c, s in zip(meta.chunk, meta.shard.chunk, strict=True))
+    nbytes = 16 * count + 4  # with a crc32c
+    if nbytes > size:
+        raise CheckpointError(
+            f"{where} has {size} bytes, its index of {count} chunks takes {nbytes}: write it again"
+        )
+    index = np.frombuffer(read(size - nbytes if meta.shard.is_index_last else 0, 16 * count), "<u8")
+    for offset, length in index.reshape(-1, 2).tolist():
+        if (offset, length) == (2**64 - 1, 2**64 - 1):
+            continue
+        if offset + length > size:
+            raise CheckpointError(
+                f"{where} has {size} bytes and an index up to {offset + length}: write it again"
+            )
+        yield offset, length
 
 
 def _counts(values: Any) -> tuple[int, ...]:

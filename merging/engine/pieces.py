@@ -54,6 +54,11 @@ class Tensor:
     def size(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def first_element(self) -> int:
+        """Flat index of the first element that is meant."""
+        return self.first_row * math.prod(self.shape[1:])
+
     def keys(self, *, seed: int, experts: int) -> np.ndarray:
         """Key words of the keep masks, uint32 [N, 2]."""
         return np.stack([tensor_key(seed=seed, expert=i, path=self.path) for i in range(experts)])
@@ -129,7 +134,7 @@ def tensors_of(leaf: LeafSpec, stacked: Stacked) -> list[Tensor]:
 
 def pieces_of(tensor: Tensor, limit: int) -> Iterator[Piece]:
     """Cuts a tensor into contiguous pieces of at most `limit` elements, in C order."""
-    start = tensor.first_row * math.prod(tensor.shape[1:])
+    start = tensor.first_element
     while start < tensor.size:
         piece = piece_at(tensor, start, limit)
         yield piece

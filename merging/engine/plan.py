@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,6 +28,7 @@ from merging.paths import Stacked
 
 OUTPUT_DTYPES = ("float32", "bfloat16", "float16")
 VOCABULARY_ROWS = ("refuse", "common")
+MOST_TOLD = 16  # patterns in a plan's text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,7 +125,7 @@ class Plan:
         experts = [reader.specs() for reader in self.experts]
         total = 0
         for name, spec in self.base_specs.items():
-            kept = sum(_size(t) for t in self.tensors[name] if t.is_kept)
+            kept = sum(t.size - t.first_element for t in self.tensors[name] if t.is_kept)
             itemsizes = sum(specs[name].dtype.itemsize for specs in experts if name in specs)
             total += spec.nbytes + (spec.size - kept) * itemsizes
         return total
@@ -140,6 +140,14 @@ class Plan:
         for reader in (self.base, *self.experts):
             reader.close()
 
+    def _told_patterns(self) -> list[str]:
+        lines = [
+            f"{'settings':10s} {dict(each)} of {pattern}"
+            for pattern, each in self.selection.patterns.items()
+        ]
+        more = len(lines) - MOST_TOLD
+        return lines if more <= 0 else [*lines[:MOST_TOLD], f"{'':10s} ... and {more} more"]
+
     def describe(self) -> str:
         """The plan as text, one fact a line."""
         parts = [each for each in self.tensors.values() if any(not t.is_kept for t in each)]
@@ -149,10 +157,7 @@ class Plan:
             *(f"expert {i}   {reader.location}" for i, reader in enumerate(self.experts)),
             f"leaves     {len(parts)} merged ({merged:,} parameters),"
             f" {len(self.base_specs) - len(parts)} copied",
-            *(
-                f"{'settings':10s} {dict(each)} of {pattern}"
-                for pattern, each in self.selection.patterns.items()
-            ),
+            *self._told_patterns(),
             *(
                 f"{'merge' if not name else name:10s} {method} -> {self.outputs[name]}"
                 for name, method in self.merges.items()
@@ -242,7 +247,7 @@ def plan(settings: Settings) -> Plan:
             "statistics": settings.statistics,
             "include": list(settings.include),
             "exclude": list(settings.exclude),
-            "patterns": {name: dict(each) for name, each in selection.patterns.items()},
+            "patterns": [[name, dict(each)] for name, each in selection.patterns.items()],
             "tied": settings.tied if isinstance(settings.tied, str) else dict(settings.tied),
             "vocabulary_rows": settings.vocabulary_rows,
             "base": base_reader.digest(),
@@ -355,11 +360,6 @@ def stored_as(output_dtype: str | None, specs: Mapping[str, LeafSpec]) -> dict[s
         name: dataclasses.replace(spec, dtype=dtype) if spec.is_merged else spec
         for name, spec in specs.items()
     }
-
-
-def _size(tensor: Tensor) -> int:
-    """Elements that a tensor stands for."""
-    return tensor.size - tensor.first_row * math.prod(tensor.shape[1:])
 
 
 def size_text(nbytes: float) -> str:

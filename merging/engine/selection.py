@@ -1,6 +1,6 @@
 """What is done to which tensor: whether it is merged, with which settings, and whose facts that takes.
 
-A pattern is a shell pattern of leaf names or canonical paths (`paths.is_like`); of a stacked leaf it may name single layers
+A pattern is a shell pattern of leaf names or canonical paths (`paths.Patterns`); of a stacked leaf it may name single layers
 (`layers/7/*`), as in the unstacked one.
 
 INCLUDE and EXCLUDE choose what is merged; the rest is the base's, and enters no count of the whole model. PATTERNS gives tensors
@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from merging.engine.groups import without_scale
 from merging.engine.pieces import Tensor
 from merging.methods.method import Method, TaskVectorMethod
-from merging.paths import is_like
+from merging.paths import Patterns
 
 SETTABLE = ("scale", "density", "weights")
 
@@ -73,25 +74,34 @@ class Selection:
             ("EXCLUDE", self.exclude),
             ("PATTERNS", self.patterns),
         ):
-            for pattern in patterns:
-                if pattern != "*" and not any(_like(each, [pattern]) for each in names):
-                    some = names[0][0] if names else "(none)"
+            for pattern in Patterns(patterns).unused(names):
+                if pattern != "*":
                     raise ValueError(
-                        f"{macro} has {pattern!r}, which no leaf is like; leaves are named like {some}"
+                        f"{macro} has {pattern!r}, which no leaf is like;{_nearest(pattern, names)}"
                     )
         if names and not any(self.is_merged(each) for each in names):
             raise ValueError("INCLUDE and EXCLUDE leave nothing to merge")
 
     def is_merged(self, names: Sequence[str]) -> bool:
         """Whether a tensor of these names is merged."""
-        return _like(names, self.include) and not _like(names, self.exclude)
+        return self._included.first(names) is not None and self._excluded.first(names) is None
 
     def method(self, names: Sequence[str], method: Method) -> Method:
         """The method as it merges a tensor of these names."""
-        for pattern, settings in self.patterns.items():
-            if _like(names, [pattern]):
-                return _with(method, settings)
-        return method
+        pattern = self._set.first(names)
+        return method if pattern is None else _with(method, self.patterns[pattern])
+
+    @functools.cached_property
+    def _included(self) -> Patterns:
+        return Patterns(self.include)
+
+    @functools.cached_property
+    def _excluded(self) -> Patterns:
+        return Patterns(self.exclude)
+
+    @functools.cached_property
+    def _set(self) -> Patterns:
+        return Patterns(self.patterns)
 
 
 def names_of(tensor: Tensor) -> tuple[str, str]:
@@ -99,14 +109,17 @@ def names_of(tensor: Tensor) -> tuple[str, str]:
     return tensor.leaf.name, tensor.path
 
 
-def _like(names: Sequence[str], patterns: Sequence[str]) -> bool:
-    return any(is_like(name, patterns) for name in names)
+def _nearest(pattern: str, names: Sequence[Sequence[str]]) -> str:
+    """What the pattern may have meant, for a message."""
+    leaves = [each[0] for each in names]
+    near = difflib.get_close_matches(pattern, leaves, 2, cutoff=0.7)
+    if near:
+        return f" did you mean {' or '.join(near)}?"
+    return f" leaves are named like {leaves[0] if leaves else '(none)'}"
 
 
 def _with(method: Method, settings: Mapping[str, Any]) -> Method:
     changes = {name: value for name, value in settings.items() if hasattr(method, name)}
-    if changes.get("weights") is not None:
-        changes["weights"] = tuple(changes["weights"])
     return dataclasses.replace(method, **changes)
 
 
@@ -123,7 +136,7 @@ class Recipe:
     """How tensors are merged.
 
     Attributes:
-      methods: by name of the merge.
+      methods: of the merges, in their order.
       asked: for each, the number of its question, or None.
     """
 

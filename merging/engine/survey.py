@@ -37,7 +37,7 @@ from merging.kernels.magnitude import (
     code_to_magnitude,
     propose_from_sample,
 )
-from merging.methods.method import TaskVectorMethod
+from merging.methods.method import TaskVectorMethod, each_density
 from merging.methods.task_arithmetic import TaskArithmetic
 
 SAMPLE_ELEMENTS = (
@@ -82,8 +82,10 @@ class MethodSurvey:
                 group = self.group(tensor)
                 sizes[group] = sizes.get(group, 0) + tensor.size
             for group, size in sizes.items():
-                rank = int(method.trim_fraction * size)
-                self.searches[group] = [Search(rank, size) for _ in range(experts)]
+                self.searches[group] = [
+                    Search(int(density * size), size)
+                    for density in each_density(method.trim_fraction, experts)
+                ]
 
     def group(self, tensor: Tensor) -> str:
         return MODEL if self.method.trim_scope == "model" else tensor.path
@@ -91,6 +93,11 @@ class MethodSurvey:
     def covers(self, tensor: Tensor) -> bool:
         """Whether this tensor is one of those it asks about."""
         return tensor.path in self.paths
+
+    @property
+    def lacks_majority(self) -> bool:
+        """Whether votes have still to be counted."""
+        return self.method.asks_majority and self.majority is None
 
     def is_open(self, tensor: Tensor) -> bool:
         """Whether this tensor still has to be counted for a threshold."""
@@ -251,7 +258,7 @@ def survey(
     while True:
         is_open = [any(s.is_open(tensor) for tensor in mine) for s in surveys]
         is_open = combine(np.array(is_open, np.int64)) > 0
-        is_unknown = [s.method.asks_majority and s.majority is None for s in surveys]
+        is_unknown = [s.lacks_majority for s in surveys]
         asking = [s for s, o, u in zip(surveys, is_open, is_unknown, strict=True) if o or u]
         if not asking:
             return surveys, reads
@@ -268,10 +275,7 @@ def survey(
         wanted = [
             t
             for t in mine
-            if any(
-                s.is_open(t) or (s.covers(t) and s.method.asks_majority and s.majority is None)
-                for s in asking
-            )
+            if any(s.is_open(t) or (s.covers(t) and s.lacks_majority) for s in asking)
         ]
         _survey_counts(asking, stream, wanted, combine)
 
@@ -359,7 +363,7 @@ def _survey_counts(
     ]
     votes, inexact = combine(votes), combine(np.array(inexact, np.int64))
     for survey, counts, wrong in zip(surveys, votes, inexact, strict=True):
-        if survey.method.asks_majority and survey.majority is None:
+        if survey.lacks_majority:
             survey.majority = Votes(*map(int, counts)).majority(guess_was_exact=bool(wrong == 0))
 
 
@@ -536,7 +540,8 @@ def _propose(
             if sum(map(len, blocks)) == search.size:
                 search.propose(*answer_from_all(blocks, search.rank))
             else:
-                search.propose(*propose_from_sample(blocks, survey.method.trim_fraction))
+                density = each_density(survey.method.trim_fraction, survey.experts)[i]
+                search.propose(*propose_from_sample(blocks, density))
             survey.forget()
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from etils import epath
 
-from merging.checkpoints.storage import put_file
+from merging.checkpoints.storage import put_whole
 from merging.evaluation.examples import Task
 
 SCORES = "scores.jsonl"
@@ -231,7 +231,13 @@ class ScoresFile:
     def append(self, results: Iterable[Result]) -> None:
         """More scores, all of them or, if this is killed, none. The file is put anew: a study's has some megabytes."""
         self.scores += [score for each in results for score in each.scores]
-        _put_whole(self.path, "".join(score.line() + "\n" for score in self.scores).encode())
+        put_whole(self.path, "".join(score.line() + "\n" for score in self.scores).encode())
+
+
+def put_scores(folder: epath.Path, results: Iterable[Result]) -> None:
+    """The scores of a whole run as `scores.jsonl`, in place of what is there."""
+    lines = [score.line() + "\n" for each in results for score in each.scores]
+    put_whole(folder / SCORES, "".join(lines).encode())
 
 
 def _group(score: Score) -> tuple[str, str, str]:
@@ -244,11 +250,4 @@ def write_examples(folder: epath.Path, model: str, each: Result) -> None:
     place.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in each.records())
     name = f"{each.task.name}_{each.task.prompt}.jsonl.gz"
-    _put_whole(place / name, gzip.compress(text.encode(), mtime=0))
-
-
-def _put_whole(path: epath.Path, content: bytes) -> None:
-    """In place of what is there, at once."""
-    temporary = path.parent / (path.name + ".tmp")
-    put_file(temporary, content)
-    temporary.replace(path)
+    put_whole(place / name, gzip.compress(text.encode(), mtime=0))

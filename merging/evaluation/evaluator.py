@@ -38,7 +38,7 @@ from merging.evaluation.rows import (
 )
 from merging.evaluation.score import Choices, score
 from merging.models.decoder import Decoder, boxed_params
-from merging.paths import of_tree_path
+from merging.paths import of_leaves
 
 # Calls on their way to the devices, beyond which the host waits: enough to keep them busy.
 IN_FLIGHT = 8
@@ -130,7 +130,7 @@ class Evaluator:
         self.mesh = partitioning.MeshShape().mesh(jax.devices()[:1]) if mesh is None else mesh
         self.options = Options() if options is None else options
         self._shardings = partitioning.shardings(boxed_params(self.model), self.mesh)
-        self._paths = [of_tree_path(path) for path, _ in jax.tree.leaves_with_path(self._shardings)]
+        self._paths = of_leaves(self._shardings)
         self._rows = {task.key: self._rows_of(task) for task in self.tasks}
         self._shapes = {kind: self._few_shapes(kind) for kind in (Row, PromptRow)}
         self._placed: dict[tuple[int, bool], Any] = {}

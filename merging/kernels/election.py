@@ -1,4 +1,4 @@
-"""TIES' sign election and disjoint mean (arXiv 2306.01708, section 3), elementwise, in a stated order.
+"""Weighted sums, and TIES' sign election and disjoint mean (arXiv 2306.01708, section 3), elementwise, in a stated order.
 
 Deviations, each a choice of the method's `zero_sign`: what an elected sum of exactly zero becomes. Sums run over the
 experts in their order, in float32.
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from merging.kernels.arithmetic import Number, unfused
+from merging.kernels.arithmetic import Number, divide, unfused
 
 
 def weighted(
@@ -43,21 +43,38 @@ def elect(
     return ordered_sum(weighted(vectors, weights))
 
 
-def disjoint_mean(
+def weighted_sum(
+    vectors: Sequence[Float[Array, "*shape"]],
+    *,
+    weights: Sequence[Number] | None,
+    is_mean: bool,
+) -> Float[Array, "*shape"]:
+    """The weighted sum, for a mean over the sum of the weights (their number where weights is None), float32."""
+    total = ordered_sum(weighted(vectors, weights))
+    if not is_mean:
+        return total
+    if weights is None:
+        return divide(total, len(vectors))
+    return divide(total, ordered_sum([jnp.asarray(w, jnp.float32) for w in weights]))
+
+
+def disjoint_sum(
     vectors: Sequence[Float[Array, "*shape"]],
     vote: Float[Array, "*shape"],
     *,
     weights: Sequence[Number] | None,
     zero_sign: Float[Array, ""],
+    is_mean: bool,
 ) -> Float[Array, "*shape"]:
-    """Mean of the entries that agree with the elected sign; 0 where none does.
+    """Sum of the entries that agree with the elected sign, or their mean; 0 where none does.
 
     Args:
       vectors: N trimmed task vectors, float32.
       vote: `elect`'s sum, float32.
-      weights: one number per expert, positive; the mean divides by the sum of the agreeing weights (their number
+      weights: one number per expert, not negative; the mean divides by the sum of the agreeing weights (their number
         where weights is None).
       zero_sign: +1, -1 or 0: the sign that a vote of zero elects; 0 elects none.
+      is_mean: whether it is divided.
     """
     vote = jnp.where(vote == 0, zero_sign, vote)
     positive = vote > 0
@@ -71,4 +88,4 @@ def disjoint_mean(
         term, share = jnp.where(agrees, term, zero), jnp.where(agrees, weight, zero)
         total = term if total is None else total + term
         divisor = share if divisor is None else divisor + share
-    return total / jnp.where(divisor == 0, jnp.float32(1), divisor)
+    return total / jnp.where(divisor == 0, jnp.float32(1), divisor) if is_mean else total

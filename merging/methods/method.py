@@ -33,14 +33,17 @@ from typing import (
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from merging.kernels.arithmetic import Number, float32, unfused
 
 Weights = Sequence[Number] | None  # arrays inside a jitted step, where numbers are leaves
+Density = Number | Sequence[Number]  # one for all experts, or one for each
 ZeroSign = Literal["majority", "positive", "none"]
 Scope = Literal["model", "tensor"]
-Rescale = Literal["inverse_keep", "l1"]
+Rescale = Literal["inverse_keep", "l1", "none"]
+Combine = Literal["mean", "sum"]
 
 
 class Survey(NamedTuple):
@@ -75,12 +78,19 @@ class Method:
         super().__init_subclass__(**kwargs)
         dataclasses.dataclass(frozen=True, kw_only=True)(cls)
         fields = dataclasses.fields(cls)  # annotations are text here (PEP 563)
-        structure = [f.name for f in fields if f.type in ("ZeroSign", "Scope", "Rescale", "str")]
+        words = ("ZeroSign", "Scope", "Rescale", "Combine", "str")
+        structure = [f.name for f in fields if f.type in words]
         jax.tree_util.register_dataclass(
             cls,
             data_fields=[f.name for f in fields if f.name not in structure],
             meta_fields=structure,
         )
+
+    def __post_init__(self) -> None:
+        """Checks belong into a subclass's own, which calls this first: lists, as gin has them, become tuples."""
+        for field in dataclasses.fields(self):
+            if isinstance(value := getattr(self, field.name), list):
+                object.__setattr__(self, field.name, tuple(value))
 
     def __call__(
         self,
@@ -103,7 +113,7 @@ class Method:
     # ---- what the engine asks of a method -----------------------------------------------------------------------
 
     @property
-    def trim_fraction(self) -> Number | None:
+    def trim_fraction(self) -> Density | None:
         """The fraction of entries that the magnitude trim keeps, or None where nothing is trimmed."""
         return None
 
@@ -123,6 +133,11 @@ class Method:
         return False
 
     @property
+    def draws_masks(self) -> bool:
+        """True if the result depends on the seed."""
+        return False
+
+    @property
     def asks_survey(self) -> bool:
         """True if the method needs any fact of the whole model, hence a read before the merge."""
         return self.trim_fraction is not None or self.asks_majority or self.asks_l1
@@ -133,11 +148,12 @@ class Method:
             raise ValueError(
                 f"{type(self).__name__} merges experts, and there are none: name at least one"
             )
-        weights = getattr(self, "weights", None)
-        if weights is not None and len(weights) != experts:
-            raise ValueError(
-                f"{type(self).__name__}.weights has {len(weights)} numbers for {experts} experts: give one per expert"
-            )
+        for name in ("weights", "density"):
+            numbers = getattr(self, name, None)
+            if isinstance(numbers, Sequence) and len(numbers) != experts:
+                raise ValueError(
+                    f"{type(self).__name__}.{name} has {len(numbers)} numbers for {experts} experts: give one per expert"
+                )
 
 
 class TaskVectorMethod(Method):
@@ -196,16 +212,22 @@ def apply_direction(
     return float32(base) + unfused(jnp.asarray(scale, jnp.float32) * direction)
 
 
+def each_density(density: Density, experts: int) -> tuple[Number, ...]:
+    """The density of each expert."""
+    return tuple(density) if isinstance(density, Sequence) else (density,) * experts
+
+
 # ---- checks that the dataclasses share; arrays (a traced method) pass unseen -------------------------------------
 
 
-def check_fraction(method: str, field: str, value: Number | None) -> None:
-    """Raises ValueError unless 0 < value <= 1."""
-    if isinstance(value, numbers.Real) and not 0 < value <= 1:
-        raise ValueError(
-            f"{method}.{field} is {value}: it is the fraction kept, more than 0 and at most 1"
-            " (0.2 keeps the largest 20 %)"
-        )
+def check_fraction(method: str, field: str, value: Density | None) -> None:
+    """Raises ValueError unless 0 < value <= 1, each where there are several."""
+    for each in value if isinstance(value, Sequence) else (value,):
+        if isinstance(each, numbers.Real) and not 0 < each <= 1:
+            raise ValueError(
+                f"{method}.{field} is {value}: it is the fraction kept, more than 0 and at most 1"
+                " (0.2 keeps the largest 20 %)"
+            )
 
 
 def check_scale(method: str, value: Number) -> None:
@@ -214,16 +236,21 @@ def check_scale(method: str, value: Number) -> None:
         raise ValueError(f"{method}.scale is {value}: give a finite number")
 
 
-def check_weights(method: str, weights: Weights, *, positive: bool) -> None:
-    """Raises ValueError unless all weights are finite (and positive, where the method needs it)."""
+def check_weights(
+    method: str, weights: Weights, *, is_vote: bool = False, is_mean: bool = False
+) -> None:
+    """Raises ValueError unless all weights are finite (and none negative in a vote, and their float32 sum not 0 in a mean)."""
     if weights is None or not all(isinstance(w, numbers.Real) for w in weights):
         return
     if not all(math.isfinite(w) for w in weights):
         raise ValueError(f"{method}.weights are {tuple(weights)}: give finite numbers")
-    if positive and not all(w > 0 for w in weights):
+    if is_vote and any(w < 0 for w in weights):
         raise ValueError(
-            f"{method}.weights are {tuple(weights)}: a vote needs positive weights; leave an expert out instead of"
-            " giving it 0"
+            f"{method}.weights are {tuple(weights)}: a vote has no negative weights; 0 leaves an expert out"
+        )
+    if is_mean and sum(map(np.float32, weights)) == 0:
+        raise ValueError(
+            f"{method}.weights are {tuple(weights)}: their sum is 0, so they have no mean"
         )
 
 

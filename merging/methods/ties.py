@@ -14,8 +14,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from merging.kernels.arithmetic import Number
-from merging.kernels.election import disjoint_mean, elect
+from merging.kernels.election import disjoint_sum, elect
 from merging.methods.method import (
+    Combine,
+    Density,
     Draw,
     Scope,
     Survey,
@@ -33,29 +35,33 @@ class Ties(TaskVectorMethod):
     """theta = theta_0 + scale * disjoint mean of the trimmed task vectors.
 
     Attributes:
-      density: fraction of entries that the trim keeps (the paper keeps 20 %).
+      density: fraction of entries that the trim keeps (the paper keeps 20 %); or one number per expert.
       scale: the paper's lambda.
-      weights: one positive number per expert, which enters the vote and the mean; None is 1 for each.
+      weights: one number per expert, which enters the vote and the mean; None is 1 for each, 0 leaves one out.
       scope: trim over the whole flattened model (the authors) or each tensor (mergekit).
       zero_sign: what a vote of zero elects: the majority sign of all votes of the model (the authors; zero again acts as
         negative), + (mergekit), or nothing.
+      combine: "mean" of the entries that agree with the elected sign, or their "sum".
     """
 
-    density: Number = 0.2
+    density: Density = 0.2
     scale: Number = 1.0
     weights: Weights = None
     scope: Scope = "model"
     zero_sign: ZeroSign = "majority"
+    combine: Combine = "mean"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_fraction("Ties", "density", self.density)
         check_scale("Ties", self.scale)
-        check_weights("Ties", self.weights, positive=True)
+        check_weights("Ties", self.weights, is_vote=True)
         check_choice("Ties", "scope", self.scope, ("model", "tensor"))
         check_choice("Ties", "zero_sign", self.zero_sign, ("majority", "positive", "none"))
+        check_choice("Ties", "combine", self.combine, ("mean", "sum"))
 
     @property
-    def trim_fraction(self) -> Number:
+    def trim_fraction(self) -> Density:
         return self.density
 
     @property
@@ -75,11 +81,12 @@ class Ties(TaskVectorMethod):
         draw: Draw,
     ) -> Float[Array, "*shape"]:
         vectors = trim(self.vectors(base, experts, survey=survey, draw=draw), survey)
-        return disjoint_mean(
+        return disjoint_sum(
             vectors,
             elect(vectors, weights=self.weights),
             weights=self.weights,
             zero_sign=sign_of_zero(self.zero_sign, survey),
+            is_mean=self.combine == "mean",
         )
 
 

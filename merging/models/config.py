@@ -113,7 +113,8 @@ class LlamaConfig(DecoderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check("num_kv_heads", self.num_heads % self.num_kv_heads == 0, _GROUPS)
+        divides = self.num_kv_heads >= 1 and self.num_heads % self.num_kv_heads == 0
+        self._check("num_kv_heads", divides, _GROUPS)
 
     def num_params(self) -> int:
         """(1 or 2) V d + d + L (3 d d_ff + 2 d H h + 2 d K h + 2 d)."""
@@ -144,7 +145,8 @@ class Gemma3Config(DecoderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check("num_kv_heads", self.num_heads % self.num_kv_heads == 0, _GROUPS)
+        divides = self.num_kv_heads >= 1 and self.num_heads % self.num_kv_heads == 0
+        self._check("num_kv_heads", divides, _GROUPS)
         self._check("layer_kinds", set(self.layer_kinds) <= set(get_args(LayerKind)), _KINDS)
         self._check("layer_kinds", len(self.layer_kinds) == self.num_layers, "one per layer")
         self._check("window", self.window >= 1, "at least 1")

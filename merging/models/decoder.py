@@ -8,6 +8,7 @@ constrained by batch, length, embed, heads, kv, mlp, vocab under `flax.linen.log
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -278,8 +279,9 @@ def abstract_params(model: Decoder) -> Any:
     return nn.unbox(boxed_params(model))
 
 
+@functools.lru_cache(maxsize=32)  # tracing a model takes as long as reading a small one
 def boxed_params(model: Decoder) -> Any:
-    """The same, boxed with the names of their axes: what `partitioning.shardings` reads."""
+    """The same, boxed with the names of their axes: what `partitioning.shardings` reads. Not to be changed."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
 

@@ -15,6 +15,7 @@ from etils import epath
 from merging.checkpoints.format import CheckpointError
 from merging.checkpoints.layouts import Layout, Rule
 from merging.checkpoints.safetensors_header import load_json, refuse, show
+from merging.checkpoints.storage import small_file
 from merging.models.config import Gemma3Config, LlamaConfig
 
 
@@ -26,7 +27,7 @@ def read_config(folder: epath.PathLike, **changes: Any) -> LlamaConfig | Gemma3C
     path = epath.Path(folder) / "config.json"
     if not path.exists():
         raise CheckpointError(f"{path} does not exist: the model's sizes are read from it")
-    return from_json(load_json(path.read_bytes(), str(path)), where=str(path), **changes)
+    return from_json(load_json(small_file(path), str(path)), where=str(path), **changes)
 
 
 def from_json(
@@ -34,7 +35,7 @@ def from_json(
 ) -> LlamaConfig | Gemma3Config:
     """The configuration that the values of a config.json stand for; `where` names it in messages."""
     family = values.get("model_type")
-    if family not in _FAMILIES:
+    if not isinstance(family, str) or family not in _FAMILIES:
         raise CheckpointError(
             f"{where}: model_type is {show(family)}; there are {', '.join(_FAMILIES)}"
         )
@@ -131,6 +132,10 @@ _UNREAD = {
 }
 
 
+_MOST = 1 << 31
+_MOST_LAYERS = 10_000  # each has an entry in `layer_types`
+
+
 class _Keys:
     """The values of a config.json, read key by key: what is missing, unfit or left over is told at the end."""
 
@@ -146,11 +151,14 @@ class _Keys:
         return default if value is None else value
 
     def count(self, key: str, default: int | None = None) -> int:
-        """A whole number, at least 1."""
+        """A whole number, at least 1 and not absurd."""
         value = self.take(key, default)
-        if value is not None and (type(value) is not int or value < 1):
-            self._problems.append(f"{key} is {show(value)}, wanted a whole number, at least 1")
-        return value if type(value) is int and value >= 1 else 1
+        is_count = type(value) is int and 1 <= value <= _MOST
+        if value is not None and not is_count:
+            self._problems.append(
+                f"{key} is {show(value)}, wanted a whole number from 1 to {_MOST}"
+            )
+        return value if is_count else 1
 
     def number(self, key: str, default: float) -> float:
         """A positive number."""
@@ -174,6 +182,10 @@ class _Keys:
             self._problems.append(f"{key} is {show(value)}, wanted an object")
             value = None
         return None if value is None else _Nested(value, key, self)
+
+    def problem(self, text: str) -> None:
+        """Notes one."""
+        self._problems.append(text)
 
     def done(self) -> None:
         """What nobody took is not known here."""
@@ -260,11 +272,18 @@ _FAMILIES: dict[str, Callable[[_Keys], dict[str, Any]]] = {"llama": _llama, "gem
 
 def _layer_kinds(keys: _Keys, num_layers: int) -> tuple[str, ...]:
     every = keys.count("sliding_window_pattern", 6)
+    if num_layers > _MOST_LAYERS:
+        keys.problem(f"num_hidden_layers is {num_layers}, wanted at most {_MOST_LAYERS}")
+        return ()
     pattern = [
         "full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(num_layers)
     ]
     kinds = {"full_attention": "global", "sliding_attention": "local"}
-    return tuple(kinds.get(kind, str(kind)) for kind in keys.take("layer_types", pattern))
+    found = keys.take("layer_types", pattern)
+    if not isinstance(found, list) or not all(isinstance(kind, str) for kind in found):
+        keys.problem(f"layer_types is {show(found)}, wanted a list of names")
+        return ()
+    return tuple(kinds.get(kind, kind) for kind in found)
 
 
 def _plain_rope(keys: _Keys, key: str, base: float) -> float:

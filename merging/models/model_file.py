@@ -20,7 +20,7 @@ from etils import epath
 from merging.checkpoints.format import CheckpointError
 from merging.checkpoints.huggingface import carried_files
 from merging.checkpoints.safetensors_header import load_json, refuse, show
-from merging.checkpoints.storage import put_file
+from merging.checkpoints.storage import is_own_file, put_file, small_file
 from merging.models import huggingface
 from merging.models.config import DecoderConfig
 from merging.models.families import FAMILIES, family_of
@@ -31,6 +31,8 @@ VERSION = 1
 TOKENIZER_FILE = "tokenizer.json"
 
 _CHOSEN_BY_RUNS = ("dropout_rate", "remat")
+# What JSON has for the types of fields; of others (tuples of names) the configuration itself sees to it.
+_TYPES = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,7 +113,7 @@ def read(folder: epath.PathLike, **changes: Any) -> ModelFile:
             f"{path} does not exist, which says what model a checkpoint is of: give the model (MODEL) and its vocabulary"
             " (VOCABULARY)"
         )
-    described = load_json(path.read_bytes(), str(path))
+    described = load_json(small_file(path), str(path))
     version = described.pop("version", None)
     if version != VERSION:
         raise CheckpointError(f"{path}: version is {show(version)}, wanted {VERSION}")
@@ -169,16 +171,22 @@ def vocabulary_of_files(folder: epath.PathLike, *, digest: str | None = None) ->
 
 
 def _config(family: Any, sizes: Any, changes: Mapping[str, Any], *, where: str) -> DecoderConfig:
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise CheckpointError(f"{where}: family is {show(family)}; there are {', '.join(FAMILIES)}")
     if not isinstance(sizes, dict):
         raise CheckpointError(
             f"{where}: sizes are {show(sizes)}, wanted the fields of a configuration"
         )
     kind = FAMILIES[family][0]
-    known = {field.name for field in dataclasses.fields(kind)} - set(_CHOSEN_BY_RUNS)
+    types = {f.name: f.type for f in dataclasses.fields(kind) if f.name not in _CHOSEN_BY_RUNS}
+    known = types.keys()
     problems = [f"sizes: {name} is missing" for name in sorted(known - sizes.keys())]
     problems += [f"sizes: {name} is unknown to {family}" for name in sorted(sizes.keys() - known)]
+    problems += [
+        f"sizes: {name} is {show(value)}, wanted {types[name]}"
+        for name, value in sizes.items()
+        if type(value) not in _TYPES.get(types.get(name), (type(value),))
+    ]
     refuse(where, problems, "it was written by another version of this program, or changed")
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in sizes.items()}
     try:
@@ -194,11 +202,14 @@ def _vocabulary(described: Any, path: epath.Path) -> Vocabulary | None:
         raise CheckpointError(
             f"{path}: vocabulary is {show(described)}, wanted a name, a digest and files"
         )
-    files = {name: path.parent / name for name in described["files"]}
+    name, names = described["name"], described["files"]
+    if not isinstance(names, list) or not all(isinstance(text, str) for text in (name, *names)):
+        raise CheckpointError(f"{path}: vocabulary is {show(described)}, wanted names")
+    files = {name: path.parent / name for name in names}
     missing = [
         f"{show(name)} is not there"
         for name, file in files.items()
-        if "/" in name or not file.exists()
+        if "/" in name or not is_own_file(file)
     ]
     refuse(path, missing, "the vocabulary's files must lie beside it: fetch or copy them")
-    return Vocabulary(name=described["name"], digest=described["digest"], files=files)
+    return Vocabulary(name=name, digest=described["digest"], files=files)

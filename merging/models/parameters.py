@@ -64,10 +64,7 @@ def read_params(
 def as_model(reader: Reader, config: DecoderConfig) -> Reader:
     """The reader, with leaves as the model has them. Raises CheckpointError where they can't be made so."""
     wanted = specs_of(model_of(config))
-    theirs = "model.embed_tokens.weight"
-    if isinstance(config, LlamaConfig | Gemma3Config) and theirs in reader.specs():
-        reader = LayoutReader(reader, huggingface.layout(config))
-    reader = in_layout_of(wanted, reader)
+    reader = in_layout_of(wanted, own_names(reader, config))
     found = {name: list(spec.shape) for name, spec in reader.specs().items()}
     shapes = {name: list(spec.shape) for name, spec in wanted.items()}
     problems = [
@@ -76,6 +73,14 @@ def as_model(reader: Reader, config: DecoderConfig) -> Reader:
         if found.get(name) != shapes.get(name)
     ]
     refuse(reader.location, problems, f"these are not the parameters of {config}")
+    return reader
+
+
+def own_names(reader: Reader, config: DecoderConfig) -> Reader:
+    """The reader, with the model's own names and shapes where it has Hugging Face's."""
+    theirs = "model.embed_tokens.weight"
+    if isinstance(config, LlamaConfig | Gemma3Config) and theirs in reader.specs():
+        return LayoutReader(reader, huggingface.layout(config))
     return reader
 
 

@@ -7,6 +7,7 @@ the newest step that is whole, says which were not, and gives the state in any s
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -132,17 +133,7 @@ class Checkpoints:
 
     def restore_step(self, step: int, like: Any) -> Restored:
         """The state of one step. Raises CheckpointError where its arrays aren't those that were saved, and what Orbax raises."""
-        found = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                **{STATE: ocp.args.StandardRestore(like), PROGRESS: ocp.args.JsonRestore()}
-            ),
-        )
-        progress = dict(found[PROGRESS])
-        wanted = progress.pop("checksum")
-        if int(checksum(found[STATE])) != wanted:
-            raise CheckpointError("its arrays are not those that were saved (checksum)")
-        return Restored(step=step, state=found[STATE], progress=progress)
+        return _checked(step, self._manager.restore(step, args=_restored_as(like)))
 
     def steps(self) -> Sequence[int]:
         """Of the states that are there."""
@@ -151,6 +142,32 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for what is under way."""
         self._manager.close()
+
+
+def read_state(step_folder: epath.PathLike, like: Any) -> Restored:
+    """The state of one step of any run, whose folder is not touched. Raises CheckpointError where it isn't such a state."""
+    folder = epath.Path(step_folder)
+    handler = ocp.CompositeCheckpointHandler(STATE, PROGRESS)
+    with contextlib.closing(ocp.Checkpointer(handler)) as checkpointer:
+        try:
+            found = checkpointer.restore(folder, args=_restored_as(like))
+        except (ValueError, KeyError, TypeError) as error:  # Orbax's, of trees that differ
+            raise CheckpointError(
+                f"{folder} is no train state of this model and optimizer: {_short(error)}"
+            ) from error
+    return _checked(int(folder.name), found)
+
+
+def _restored_as(like: Any) -> Any:
+    items = {STATE: ocp.args.StandardRestore(like), PROGRESS: ocp.args.JsonRestore()}
+    return ocp.args.Composite(**items)
+
+
+def _checked(step: int, found: Mapping[str, Any]) -> Restored:
+    progress = dict(found[PROGRESS])
+    if int(checksum(found[STATE])) != progress.pop("checksum"):
+        raise CheckpointError("its arrays are not those that were saved (checksum)")
+    return Restored(step=step, state=found[STATE], progress=progress)
 
 
 @jax.jit

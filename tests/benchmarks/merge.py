@@ -4,7 +4,7 @@
     python -m tests.benchmarks.merge --work_dir=/data/benchmark --many --memory
     python -m tests.benchmarks.merge --parameters=2e6 --runs=1 --no_mergekit
 
-Three parts, each a Markdown table on stdout; what is going on goes to stderr. Without a part named, the first.
+Four parts, each a Markdown table on stdout; what is going on goes to stderr. Without a part named, the first.
 
   --speed   Every method: mergekit, this project and the storage bound in turn, as whole processes, output synced, inputs
             in the page cache; medians of the runs and their ratios. The bound is a loop that reads all inputs as often as
@@ -15,6 +15,8 @@ Three parts, each a Markdown table on stdout; what is going on goes to stderr. W
             repeating their data under other layer names (which takes as much disk as it says). RssAnon + RssShmem of the
             process are sampled every 20 ms. The inputs are dropped from the page cache before each run, since
             the larger ones would not fit in it, and time could not be linear in bytes.
+  --formats Every method from and to safetensors, Orbax and T5X, in turn: the stage, and its ratio to that of safetensors.
+            The inputs are converted by `launch.convert`, with its defaults: plain chunks in Orbax, gzip in T5X.
 
 Inputs are folders of a Llama with the proportions of SmolLM2-360M (362 M parameters, bfloat16): base N(0, 0.02), experts
 at N(0, 1e-3) from it. They are made once for each size, and used again where `--work_dir` has them. Without
@@ -128,7 +130,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-# ---- the three parts ----------------------------------------------------------------------------------------------
+# ---- the four parts -----------------------------------------------------------------------------------------------
 
 
 def speed(bench: Bench, inputs: Inputs) -> None:
@@ -262,10 +264,41 @@ def memory(bench: Bench, inputs: Inputs) -> None:
     table(heads.split(", "), rows)
 
 
+def formats(bench: Bench, inputs: Inputs) -> None:
+    """Every method from and to each format."""
+    each = {"safetensors": inputs} | {f: bench.converted(inputs, f) for f in ("orbax", "t5x")}
+    stages: dict[tuple[str, str], list[Run]] = {}
+    for run in range(bench.options.runs):
+        for method in bench.options.methods:
+            for form, converted in each.items():
+                log(f"run {run + 1} of {bench.options.runs}: {method}, {form}")
+                warm(converted)
+                stages.setdefault((method, form), []).append(
+                    bench.ours(converted, f"--method={method}")
+                )
+    medians = {
+        key: statistics.median(run.manifest["seconds"] for run in runs)
+        for key, runs in stages.items()
+    }
+    rows = [
+        [
+            method,
+            form,
+            " ".join(f"{run.manifest['seconds']:.2f}" for run in runs),
+            f"{medians[method, form]:.2f}",
+            f"{medians[method, form] / medians[method, 'safetensors']:.2f}",
+        ]
+        for (method, form), runs in stages.items()
+    ]
+    print(f"Stages of {bench.options.runs} runs, warm inputs.\n")
+    table(["method", "format", "stages s", "median s", "against safetensors"], rows)
+
+
 PARTS: dict[str, Callable[[Bench, Inputs], None]] = {
     "speed": speed,
     "many": many,
     "memory": memory,
+    "formats": formats,
 }
 
 
@@ -328,6 +361,23 @@ class Bench:
         if not keep:
             shutil.rmtree(self.output)
         return dataclasses.replace(run, manifest=manifest)
+
+    def converted(self, inputs: Inputs, form: str) -> Inputs:
+        """The same in another format, made unless it is there."""
+        made = dataclasses.replace(
+            inputs, folder=inputs.folder.with_name(f"{inputs.folder.name}_{form}")
+        )
+        if not made.folder.exists():
+            with staged(made) as partial:
+                for source, target in zip(inputs.folders, partial.folders, strict=True):
+                    bound = {"INPUT": f"{str(source)!r}", "FORMAT": f"{form!r}"}
+                    bound["OUTPUT_DIR"] = f"{str(self.output)!r}"
+                    flags = [f"--gin.{name}={value}" for name, value in bound.items()]
+                    flags.append("--gin_file=gin_configs/runs/convert.gin")
+                    self._run([sys.executable, "-m", "launch.convert", *flags])
+                    target.rmdir()
+                    self.output.rename(target)
+        return made
 
     def mergekit(self, method: str, inputs: Inputs) -> Run:
         """`mergekit-yaml`, in the type of the inputs as is its way."""
@@ -472,13 +522,14 @@ class Inputs:
     def experts(self) -> list[pathlib.Path]:
         return [self.folder / f"expert_{i}" for i in range(self.count)]
 
+    @property
+    def folders(self) -> list[pathlib.Path]:
+        return [self.base, *self.experts]
+
     def files(self) -> list[pathlib.Path]:
-        """All that have weights in them."""
-        return [
-            file
-            for folder in (self.base, *self.experts)
-            for file in sorted(folder.glob("*.safetensors"))
-        ]
+        """All that are in them."""
+        found = (path for folder in self.folders for path in sorted(folder.rglob("*")))
+        return [path for path in found if path.is_file()]
 
     @property
     def nbytes(self) -> int:
@@ -559,7 +610,7 @@ def staged(made: Inputs) -> Iterator[Inputs]:
         )
     partial = dataclasses.replace(made, folder=made.folder.with_suffix(".partial"))
     shutil.rmtree(partial.folder, ignore_errors=True)
-    for folder in (partial.base, *partial.experts):
+    for folder in partial.folders:
         folder.mkdir(parents=True)
     yield partial
     partial.folder.rename(made.folder)
@@ -567,7 +618,7 @@ def staged(made: Inputs) -> Iterator[Inputs]:
 
 def fill(inputs: Inputs, specs: Mapping[str, LeafSpec], config: Mapping[str, Any]) -> None:
     """Writes random weights, leaf by leaf."""
-    folders = (inputs.base, *inputs.experts)
+    folders = inputs.folders
     writers = [safetensors.Writer(f, specs, shard_bytes=5_000_000_000) for f in folders]
     for number, spec in enumerate(specs.values()):
         whole = tuple(slice(0, length) for length in spec.shape)
@@ -597,7 +648,7 @@ def repeat(inputs: Inputs, experts: int, times: int) -> Inputs:
     if made.folder.exists():
         return made
     with staged(made) as partial:
-        sources, targets = (inputs.base, *inputs.experts), (partial.base, *partial.experts)
+        sources, targets = inputs.folders, partial.folders
         for source, target in zip(sources[: 1 + experts], targets, strict=True):
             repeat_one(source, target, times)
     return made

@@ -36,6 +36,21 @@ def test_many_and_memory(tmp_path: pathlib.Path):
     assert "\n| 1 M x 1 | averaging | " in printed
 
 
+@pytest.mark.slow
+def test_formats(tmp_path: pathlib.Path):
+    printed = run(tmp_path, "--formats", "--methods=averaging", "--experts=1")
+    assert "\n| averaging | orbax | " in printed and "\n| averaging | t5x | " in printed
+
+
+@pytest.mark.slow
+def test_finetune():
+    flags = ("--model=mini_xs", "--rows=2", "--targets=16", "--steps=3", "--turns=1")
+    command = [sys.executable, "-m", "tests.benchmarks.finetune", *flags]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "\n| mini_xs | 2 x 16 | " in done.stdout
+
+
 def test_train(tmp_path: pathlib.Path):
     sizes = {
         "model_type": "llama",
@@ -59,3 +74,16 @@ def test_train(tmp_path: pathlib.Path):
     assert done.returncode == 0, done.stderr
     assert "\n| float32 | forward | " in done.stdout
     assert "step / forward: float32 here " in done.stdout
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_evaluate(real_checkpoints: pathlib.Path, real_data: pathlib.Path):
+    folder = real_checkpoints / "smollm2"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} does not exist")
+    flags = (f"--checkpoint={folder}", f"--real_data={real_data}", "--limit=2", "--runs=1")
+    command = [sys.executable, "-m", "tests.benchmarks.evaluate", "--tasks=copa", "--no_peer"]
+    done = subprocess.run([*command, *flags], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "\n| copa | 2 | - | " in done.stdout

@@ -56,7 +56,7 @@ def test_a_platform_that_the_user_chose_stays(machine):
 
 
 def test_tensorflow_is_quiet_unless_asked(machine):
-    assert devices.platform_environment({})["TF_CPP_MIN_LOG_LEVEL"] == "2"
+    assert devices.platform_environment({})["TF_CPP_MIN_LOG_LEVEL"] == "3"
     asked = {"TF_CPP_MIN_LOG_LEVEL": "0"}
     assert devices.platform_environment(asked)["TF_CPP_MIN_LOG_LEVEL"] == "0"
 

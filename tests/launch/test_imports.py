@@ -18,7 +18,7 @@ ROWS = [
     {"methods", "models"},
     {"engine", "training", "evaluation", "reporting"},
     {"grid"},
-    {"finetune", "merge", "convert", "evaluate", "study", "report", "__init__"},
+    {"finetune", "merge", "mergekit", "convert", "evaluate", "study", "report", "__init__"},
 ]
 FORBIDDEN = {
     "merging": {"gin", "absl", "tensorflow", "seqio", "torch", "launch", "tasks", "tests"},
@@ -108,7 +108,14 @@ def test_tasks_are_described_without_tensorflow(module: str):
 
 @pytest.mark.parametrize(
     "module",
-    ["launch.merge", "launch.convert", "launch.quickstart", "launch.pod.local", "launch.tasks"],
+    [
+        "launch.merge",
+        "launch.convert",
+        "launch.report",
+        "launch.study",
+        "launch.pod.local",
+        "launch.tasks",
+    ],
 )
 def test_an_entry_point_prints_its_help_without_jax(module: str):
     assert not modules_after(f"import {module}") & {

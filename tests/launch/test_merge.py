@@ -1,4 +1,4 @@
-"""`launch.merge` as a command: its flags, its errors, two processes; on the quickstart's model of 2 million parameters."""
+"""`launch.merge` as a command: its flags, its errors, two processes; on a llama of 2 million parameters."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import sys
 import numpy as np
 import pytest
 
-from launch import quickstart
 from launch.pod import local
+from tests.launch import small_llama
 
 COMMAND = [sys.executable, "-m", "launch.merge"]
 REPOSITORY = pathlib.Path(__file__).parents[2]
@@ -20,8 +20,8 @@ REPOSITORY = pathlib.Path(__file__).parents[2]
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Flags that name a base and two experts."""
     folder = tmp_path_factory.mktemp("inputs")
-    base = quickstart.make_base(folder / "base")
-    experts = [quickstart.make_expert(folder / f"expert_{i}", base, number=i) for i in range(2)]
+    base = small_llama.make_base(folder / "base")
+    experts = [small_llama.make_expert(folder / f"expert_{i}", base, number=i) for i in range(2)]
     return [f"--base={base}", f"--experts={','.join(map(str, experts))}"]
 
 
@@ -113,7 +113,7 @@ def test_help_has_a_whole_example_of_each_form():
 
 def assert_equal(one: pathlib.Path, other: pathlib.Path) -> None:
     """All leaves are the same, however they are spread over files."""
-    leaves, others = quickstart.read(one), quickstart.read(other)
+    leaves, others = small_llama.read(one), small_llama.read(other)
     assert leaves.keys() == others.keys()
     for name, leaf in leaves.items():
         np.testing.assert_array_equal(leaf, others[name], err_msg=name)

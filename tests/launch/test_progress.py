@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 
-from launch.progress import LINE_PERIOD_S, Progress
+from launch.progress import LINE_PERIOD_S, Evaluating, Progress, Training
 
 
 class Clock:
@@ -56,3 +56,39 @@ def test_only_the_first_process_shows():
         progress("merge", 1, 2)
         progress.log("in words")
     assert stream.getvalue() == ""
+
+
+def test_training_tells_step_loss_and_the_time_left():
+    stream, clock = io.StringIO(), Clock()
+    shown = Training(stream, steps=10, clock=clock)
+    shown("expert", 1, {"loss": 2.0})
+    clock.now += LINE_PERIOD_S - 1
+    shown("expert", 3, {"loss": 1.5})
+    clock.now += 2
+    shown("expert", 4, {"loss": 1.0})  # 3 steps in 6 s, 6 to go
+    shown("expert", 5, {"loss": 0.9, "validation/loss": 0.8})  # told although a line has just been
+    shown("expert", 10, {"loss": 0.5})
+    assert stream.getvalue().splitlines() == [
+        "expert 1/10: loss 2.0000",
+        "expert 4/10: loss 1.0000, 12 s left",
+        "expert 5/10: loss 0.9000, validation loss 0.8000, 8 s left",
+        "expert 10/10: loss 0.5000",
+    ]
+
+
+def test_evaluating_tells_examples_and_the_time_left_of_all_models():
+    stream, clock = io.StringIO(), Clock()
+    shown = Evaluating(stream, models=2, clock=clock)
+    shown("a", 0, 100)
+    clock.now += 10
+    shown("a", 50, 100)  # 5 a second, 50 and another 100 to go
+    clock.now += 10
+    shown("a", 100, 100)
+    shown("b", 20, 100)  # 20 of them were done before
+    clock.now += 16
+    shown("b", 100, 100)
+    assert stream.getvalue().splitlines() == [
+        "a (1/2): 50/100 examples, 5 examples/s, 30 s left",
+        "a (1/2): 100/100 examples, 5 examples/s, 20 s left",
+        "b (2/2): 100/100 examples, 5 examples/s",
+    ]

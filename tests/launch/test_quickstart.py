@@ -1,25 +1,70 @@
-"""The quickstart: every method's output is there, and a second run finds it."""
+"""The whole line as its command: the study of quick.gin, but for sizes and steps, from nothing to the report."""
 
 from __future__ import annotations
 
+import json
 import pathlib
 
 import pytest
 
-from launch import devices, quickstart
-from merging.methods import METHODS
+from launch import devices, study
+
+TINY = [
+    "mini_m/named.name = 'mini_xs'",
+    *(
+        f"{scope}/Training.train_steps = 2"
+        for scope in ("pretrain", "instruct", "expert", "multitask")
+    ),
+    *(
+        f"{scope}/Training.batch_size = 2"
+        for scope in ("pretrain", "instruct", "expert", "multitask")
+    ),
+    "METHODS = {'averaging': @Averaging(), 'ties': @Ties()}",
+    "NUM_EXPERTS = (2,)",
+    "LIMIT = 2",
+    "SHAPES = 1",
+]
+FILES = ["gin_configs/runs/study.gin", "gin_configs/studies/quick.gin"]
 
 
-def test_quickstart_merges_by_every_method_and_runs_again(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.slow
+def test_quick_study_from_nothing_to_the_report(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.chdir(tmp_path)
-    quickstart.main(devices.Processes())
-    first = capsys.readouterr().out
-    for name in METHODS:
-        assert (tmp_path / "quickstart" / "merged" / name / "manifest.json").exists()
-        assert f"\n{name} " in first.partition("mean |change|")[2]
-    quickstart.main(devices.Processes())
-    second = capsys.readouterr().out
-    assert "done before" in second
-    assert second.partition("mean |change|")[2] == first.partition("mean |change|")[2]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    bindings = [*TINY, f"OUTPUT_DIR = {str(tmp_path / 'study')!r}"]
+    study.study(study.configured(FILES, bindings), devices.Processes())
+    told = capsys.readouterr().out
+    assert "made       1 bases, 18 experts, 24 cells" in told
+    assert "scores of 24 of 24 models" in told
+    found = json.loads((tmp_path / "study/report/report.json").read_text())
+    assert found
+    assert (tmp_path / "study/report/index.html").stat().st_size > 10_000
+    study.study(study.configured(FILES, bindings), devices.Processes())
+    assert "made       0 bases, 0 experts, 0 cells" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("binding", "match"),
+    [
+        ("METHODS = {'mine': @Mine()}", "Mine"),
+        ("mini_m/named.name = 'mini_xxl'", "there is no size 'mini_xxl'"),
+        ("NUM_EXPERTS = (2, 9)", "there are 8 held-in categories"),
+        ("COLLECTION = 'maxi'", "COLLECTION is 'maxi'"),
+        ("PHASE = 'merges'", "PHASE is 'merges'"),
+    ],
+)
+def test_what_makes_no_study_is_refused(tmp_path: pathlib.Path, binding: str, match: str):
+    bindings = [binding, f"OUTPUT_DIR = {str(tmp_path / 'study')!r}"]
+    with pytest.raises(ValueError, match=match):
+        study.study(study.configured(FILES, bindings), devices.Processes(), is_dry_run=True)
+
+
+def test_held_out_datasets_are_not_trained_on(tmp_path: pathlib.Path):
+    bindings = [
+        "instruct/Training.mixture = 'held_out_mini'",
+        f"OUTPUT_DIR = {str(tmp_path / 'study')!r}",
+    ]
+    with pytest.raises(ValueError, match="held_out_mini can't be trained on: it holds causes"):
+        study.study(study.configured(FILES, bindings), devices.Processes(), is_dry_run=True)
+    assert not (tmp_path / "study").exists()

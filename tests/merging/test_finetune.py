@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pathlib
 import shutil
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,11 +15,13 @@ import numpy as np
 import optax
 import pytest
 
+from launch.pod.local import run_local
 from merging import finetune, manifest
 from merging.checkpoints.format import CheckpointError
 from merging.models import model_file
 from merging.models.parameters import read_params
 from merging.partitioning import MeshShape
+from merging.training import planning
 from merging.training.loop import Interrupted, TrainingError
 from merging.training.optimizer import Averaging, adamw
 from tests.merging.training import runs
@@ -108,6 +112,40 @@ def test_a_run_goes_on_upon_another_mesh(whole: pathlib.Path, tmp_path: pathlib.
     np.testing.assert_allclose(runs.losses(tmp_path / "out"), runs.losses(whole), rtol=1e-5)
     manifest_says = manifest.read(tmp_path / "out")
     assert manifest_says["mesh"] == "data=1, fsdp=4, model=2"
+
+
+@pytest.mark.slow
+def test_one_curve_on_any_mesh_and_on_two_processes(tmp_path: pathlib.Path):
+    asked = {"train_steps": 20, "learning_rate": 2e-3}
+    runs.run(tmp_path / "one", **asked)
+    wanted = runs.losses(tmp_path / "one")
+    assert len(wanted) == 20 and wanted[-1] < wanted[0]
+    for name, mesh in MESHES.items():
+        runs.run(tmp_path / name, mesh=mesh, **asked)
+        np.testing.assert_allclose(runs.losses(tmp_path / name), wanted, rtol=1e-5)
+    command = [sys.executable, "-m", "tests.merging.training.job", str(tmp_path / "pod")]
+    mesh = json.dumps({"data": 2, "fsdp": 2, "model": 2})
+    told = run_local(
+        [*command, json.dumps(asked), mesh],
+        processes=2,
+        devices=4,
+        timeout_s=600,
+        echo=lambda _: None,
+    )
+    assert all("whole" in output for output in told)
+    np.testing.assert_allclose(runs.losses(tmp_path / "pod"), wanted, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_four_microbatches_of_eight_are_a_batch_of_thirty_two(tmp_path: pathlib.Path):
+    """Without dropout, whose masks are each microbatch's own."""
+    config = dataclasses.replace(runs.CONFIG, dropout_rate=0.0)
+    asked = {"train_steps": 20, "learning_rate": 2e-3, "batch_size": 32, "model": config}
+    runs.run(tmp_path / "whole", **asked)
+    runs.run(tmp_path / "parts", microbatches=4, **asked)
+    np.testing.assert_allclose(
+        runs.losses(tmp_path / "parts"), runs.losses(tmp_path / "whole"), rtol=1e-5
+    )
 
 
 # What tensorstore still has under way when a damaged chunk ends a restore finds asyncio's loop closed.
@@ -331,7 +369,7 @@ def test_a_full_disk_is_refused(tmp_path: pathlib.Path, monkeypatch: pytest.Monk
 
 def test_optimizers_are_known_by_what_they_do():
     def digest(**changes: Any) -> str:
-        return finetune._behaviour(runs.settings(pathlib.Path("out"), **changes))
+        return planning._behaviour(runs.settings(pathlib.Path("out"), **changes))
 
     assert digest() == digest(optimizer=lambda rate: adamw(rate))
     others = [

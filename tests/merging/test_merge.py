@@ -8,7 +8,7 @@ import os
 import pathlib
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import google_crc32c
 import numpy as np
@@ -49,16 +49,19 @@ SETTINGS: dict[str, Method] = {
     "dare_ties": DareTies(),
     "dare_ties_trimmed": DareTies(trim_density=0.2),
     "dare_ties_l1": DareTies(trim_density=0.3, rescale="l1", zero_sign="none"),
+    "ties_of_each": Ties(density=(0.9, 0.2, 0.5, 0.01), weights=(1.0, 0.0, 2.0, 0.3)),
+    "dare_ties_of_each": DareTies(density=(0.9, 0.2, 0.5, 1.0), rescale="l1", combine="sum"),
 }
 
 
-def masks_of(model: models.Model, density: float, seed: int = 0) -> oracle.Masks:
+def masks_of(model: models.Model, density: float | Sequence[float], seed: int = 0) -> oracle.Masks:
     """The keep masks of a model as the oracle takes them."""
 
     def masks(expert: int, name: str) -> np.ndarray:
         index = np.arange(model[name].size, dtype=np.uint32)
         key = tensor_key(seed=seed, expert=expert, path=canonical(name))
-        kept = hash32(key[0], key[1], index) <= np.asarray(keep_limit(np.float32(density)))
+        keep = density[expert] if isinstance(density, Sequence) else density
+        kept = hash32(key[0], key[1], index) <= np.asarray(keep_limit(np.float32(keep)))
         return kept.reshape(model[name].shape)
 
     return masks

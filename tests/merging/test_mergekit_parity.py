@@ -45,7 +45,7 @@ import merging
 from merging.methods.averaging import Averaging
 from merging.methods.dare import Dare
 from merging.methods.dare_ties import DareTies
-from merging.methods.method import Method, Survey
+from merging.methods.method import Method, Survey, each_density
 from merging.methods.task_arithmetic import TaskArithmetic
 from merging.methods.ties import Ties
 from tests.oracle import float32, float64
@@ -163,8 +163,8 @@ def test_dare_with_their_masks_and_l1_norms(
 ):
     theirs = run_mergekit(name, checkpoints, tmp_path, scale=scale, density=density)
     method = dare(name, density=density, scale=scale, rescale="l1")
-    assert_near(call(method, checkpoints, theirs), theirs, checkpoints, method)
-    assert_equal(call(method, checkpoints, theirs, l1_ratio=l1_ratio_of_torch), theirs.merged)
+    assert_near(call_all(method, checkpoints, theirs), theirs, checkpoints, method)
+    assert_equal(call_all(method, checkpoints, theirs, l1_ratio=l1_ratio_of_torch), theirs.merged)
 
 
 @pytest.mark.parametrize("name, scale", (("dare_linear", 0.4), ("dare_ties", 1.0)))
@@ -177,7 +177,7 @@ def test_dare_with_their_masks_and_inverse_keep(
         name, checkpoints, tmp_path, scale=scale / density, density=density, rescale=False
     )
     method = dare(name, density=density, scale=scale, rescale="inverse_keep")
-    ours = call(method, checkpoints, theirs)
+    ours = call_all(method, checkpoints, theirs)
     assert_near(ours, theirs, checkpoints, method)
     if density == 0.5:  # a power of two: nothing is rounded by dividing
         assert_equal(ours, theirs.merged)
@@ -253,7 +253,7 @@ def test_bfloat16_errors(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[s
         numbers = {field: getattr(method, field, None) for field in ("scale", "density")}
         theirs = run_mergekit(name, checkpoints, tmp_path / name, dtype="bfloat16", **numbers)
         if theirs.drawn:
-            merged = call(method, checkpoints, theirs)
+            merged = call_all(method, checkpoints, theirs)
             ours = {leaf: array.astype(BFLOAT16) for leaf, array in merged.items()}
         else:
             ours = run_ours(method, checkpoints, tmp_path / name)
@@ -275,15 +275,15 @@ def test_bfloat16_errors(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[s
 
 
 def make(
-    folder: pathlib.Path, *, dtype: str, experts: int = 3, is_tied: bool = False
+    folder: pathlib.Path, *, dtype: str, experts: int = 3, is_tied: bool = False, layers: int = 2
 ) -> Checkpoints:
-    """A Llama of two layers with random weights, and experts at a distance of 1e-3 from it."""
+    """A Llama of few layers with random weights, and experts at a distance of 1e-3 from it."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=257,
         hidden_size=48,
         intermediate_size=80,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         tie_word_embeddings=is_tied,
@@ -328,19 +328,24 @@ def run_ours(method: Method, checkpoints: Checkpoints, folder: pathlib.Path) -> 
 
 
 def call(
-    method: Dare | DareTies,
-    checkpoints: Checkpoints,
+    methods: Mapping[str, Dare | DareTies],
+    base: Model,
+    experts: Sequence[Model],
     theirs: Theirs,
     *,
     l1_ratio: Any = float32.l1_ratio,
 ) -> Model:
-    """The method alone, leaf by leaf, float32, with mergekit's masks in place of ours."""
-    base, experts = checkpoints.leaves()
+    """The method of each leaf alone, float32, with mergekit's masks in place of ours; it draws none at density 1."""
     merged = {}
     for name, leaf in base.items():
-        ratios = []
+        method, ratios = methods[name], []
+        drawn = iter(theirs.drawn.get(name, ()))
+        masks = [
+            np.ones(leaf.shape, bool) if density == 1 else next(drawn)
+            for density in each_density(method.density, len(experts))
+        ]
         if method.rescale == "l1":
-            for expert, mask in zip(experts, theirs.drawn[name], strict=True):
+            for expert, mask in zip(experts, masks, strict=True):
                 vector = expert[name].astype(np.float32) - leaf.astype(np.float32)
                 kept = np.where(mask, vector, np.float32(0))
                 ratios.append(jnp.float32(l1_ratio(vector, kept)))
@@ -349,10 +354,18 @@ def call(
                 jnp.asarray(leaf),
                 tuple(jnp.asarray(expert[name]) for expert in experts),
                 survey=Survey(l1=tuple(ratios)),
-                draw=lambda expert, keep, drawn=theirs.drawn[name]: jnp.asarray(drawn[expert]),
+                draw=lambda expert, keep, masks=masks: jnp.asarray(masks[expert]),
             )
         )
     return merged
+
+
+def call_all(
+    method: Dare | DareTies, checkpoints: Checkpoints, theirs: Theirs, **options: Any
+) -> Model:
+    """The same with one method for all leaves."""
+    base, experts = checkpoints.leaves()
+    return call(dict.fromkeys(base, method), base, experts, theirs, **options)
 
 
 def l1_ratio_of_torch(before: np.ndarray, after: np.ndarray) -> float:
@@ -390,19 +403,22 @@ def run_mergekit(
     }
     if name != "linear":
         config["base_model"] = str(checkpoints.base)
+    return run_config(config, folder / "theirs")
+
+
+def run_config(config: Mapping[str, Any], folder: pathlib.Path) -> Theirs:
+    """The merge that a configuration of mergekit's says, into a folder."""
     options = mergekit.MergeOptions(
         copy_tokenizer=False, write_model_card=False, quiet=True, random_seed=1
     )
     with recorded_masks() as drawn:
-        mergekit.run_merge(
-            mergekit.MergeConfiguration.model_validate(config), str(folder / "theirs"), options
-        )
-    return Theirs(read(folder / "theirs"), drawn)
+        mergekit.run_merge(mergekit.MergeConfiguration.model_validate(config), str(folder), options)
+    return Theirs(read(folder), drawn)
 
 
 @contextlib.contextmanager
 def recorded_masks() -> Iterator[dict[str, list[np.ndarray]]]:
-    """What torch.bernoulli gives while mergekit merges, by the leaf that it works on."""
+    """What torch.bernoulli gives while mergekit merges, by the leaf that it works on; not where it can give nothing (density 0)."""
     drawn: dict[str, list[np.ndarray]] = {}
     method = task_arithmetic.GeneralizedTaskArithmeticMerge
     merge_group, bernoulli = method.merge_group, torch.bernoulli
@@ -415,7 +431,8 @@ def recorded_masks() -> Iterator[dict[str, list[np.ndarray]]]:
 
     def recorded(probabilities: Any) -> Any:
         mask = bernoulli(probabilities)
-        drawn.setdefault(leaf, []).append(mask.bool().numpy())
+        if probabilities.any():
+            drawn.setdefault(leaf, []).append(mask.bool().numpy())
         return mask
 
     with pytest.MonkeyPatch.context() as patch:

@@ -7,7 +7,7 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from merging.paths import Stacked, canonical, of_tree_path
+from merging.paths import Patterns, Stacked, canonical, is_like, of_tree_path
 
 ONE_PATH = [
     "decoder/layers_7/mlp/wi/kernel",
@@ -49,6 +49,23 @@ def test_other_names(name: str, path: str):
 )
 def test_a_canonical_path_is_its_own(name: str):
     assert canonical(canonical(name)) == canonical(name)
+
+
+def test_the_first_pattern_counts():
+    """With wildcards and without, held against names as they stand and as canonical paths."""
+    patterns = Patterns(["a.1.w", "a/?/w", "a/2/w", "*", "b"])
+    found = {name: patterns.first([name]) for name in ("a.1.w", "a_1/w", "a.2.w", "a.33.w", "b")}
+    assert found == {"a.1.w": "a.1.w", "a_1/w": "a/?/w", "a.2.w": "a/?/w", "a.33.w": "*", "b": "*"}
+    assert Patterns(["b", "*"]).first(["b"]) == "b"
+    assert patterns.first(["x", "a.2.w"]) == "a/?/w"
+    assert Patterns(["a[01]", "c"]).first(["a1"]) == "a[01]"
+    assert Patterns(["a[01]", "c"]).first(["C", "a2"]) is None
+    assert is_like("a_1/w", ["c", "a/1/*"]) and not is_like("a_1/w", ["a/2/*"])
+
+
+def test_patterns_that_no_leaf_is_like():
+    patterns = Patterns(["a.1.w", "a/*", "b/*", "c", "d"])
+    assert patterns.unused([["a.1.w", "a/1/w"], ["c"]]) == ["b/*", "d"]
 
 
 def test_paths_of_a_tree():

@@ -8,6 +8,7 @@ Every operation is one numpy operation on float32, rounded on its own; sums run 
     Averaging        (((w_0 theta_0 + w_1 theta_1) + ...) / ((w_0 + w_1) + ...)
     Task Arithmetic  theta_0 + lambda * ((w_0 tau_0 + w_1 tau_1) + ...)
     TIES             theta_0 + lambda * (sum of the agreeing w_i tau_i) / (sum of the agreeing w_i)
+    combine          "mean" divides a sum so, "sum" does not, whatever the method
     DARE             drop, then Task Arithmetic with the sum divided by the share kept
     DARE-TIES        drop, then TIES with the mean divided by the share kept
 
@@ -84,16 +85,14 @@ def explain(base: Model, experts: Sequence[Model], method: Any, masks: Masks) ->
 
 
 def averaging(
-    base: Model, experts: list[Model], masks: Masks, *, weights: Sequence[float] | None
+    base: Model,
+    experts: list[Model],
+    masks: Masks,
+    *,
+    weights: Sequence[float] | None,
+    combine: str,
 ) -> Explained:
-    merged = {}
-    for name in base:
-        total = ordered_sum(
-            [times(w, e[name]) for w, e in zip(per(weights, experts), experts, strict=True)]
-        )
-        divisor = F(len(experts)) if weights is None else ordered_sum([F(w) for w in weights])
-        merged[name] = total / divisor
-    return Explained(merged=merged)
+    return Explained(merged=weighted_sum(experts, weights, combine))
 
 
 def task_arithmetic(
@@ -103,8 +102,9 @@ def task_arithmetic(
     *,
     scale: float,
     weights: Sequence[float] | None,
+    combine: str,
 ) -> Explained:
-    direction = weighted_sum(task_vectors(base, experts), weights)
+    direction = weighted_sum(task_vectors(base, experts), weights, combine)
     return Explained(merged=add(base, scale, direction), direction=direction)
 
 
@@ -113,17 +113,22 @@ def ties(
     experts: list[Model],
     masks: Masks,
     *,
-    density: float,
+    density: float | Sequence[float],
     scale: float,
     weights: Sequence[float] | None,
     scope: str,
     zero_sign: str,
+    combine: str,
 ) -> Explained:
     vectors = task_vectors(base, experts)
-    thresholds = [trim_thresholds(vector, density, scope) for vector in vectors]
+    densities = density if isinstance(density, Sequence) else [density] * len(vectors)
+    thresholds = [
+        trim_thresholds(vector, each, scope)
+        for vector, each in zip(vectors, densities, strict=True)
+    ]
     trimmed, kept = trim(vectors, thresholds)
     sign, majority = elect(trimmed, weights, zero_sign)
-    direction = disjoint_mean(trimmed, sign, weights)
+    direction = disjoint_sum(trimmed, sign, weights, combine)
     return Explained(
         merged=add(base, scale, direction),
         direction=direction,
@@ -139,13 +144,14 @@ def dare(
     experts: list[Model],
     masks: Masks,
     *,
-    density: float,
+    density: float | Sequence[float],
     scale: float,
     weights: Sequence[float] | None,
     rescale: str,
+    combine: str,
 ) -> Explained:
     vectors, l1 = drop(task_vectors(base, experts), masks, rescale)
-    direction = weighted_sum(vectors, weights)
+    direction = weighted_sum(vectors, weights, combine)
     if rescale == "inverse_keep":
         direction = {name: total / F(density) for name, total in direction.items()}
     return Explained(merged=add(base, scale, direction), direction=direction, l1=l1)
@@ -156,12 +162,13 @@ def dare_ties(
     experts: list[Model],
     masks: Masks,
     *,
-    density: float,
+    density: float | Sequence[float],
     scale: float,
     weights: Sequence[float] | None,
     trim_density: float | None,
     rescale: str,
     zero_sign: str,
+    combine: str,
 ) -> Explained:
     vectors, l1 = drop(task_vectors(base, experts), masks, rescale)
     thresholds, kept = [], []
@@ -169,7 +176,7 @@ def dare_ties(
         thresholds = [trim_thresholds(vector, trim_density, "model") for vector in vectors]
         vectors, kept = trim(vectors, thresholds)
     sign, majority = elect(vectors, weights, zero_sign)
-    direction = disjoint_mean(vectors, sign, weights)
+    direction = disjoint_sum(vectors, sign, weights, combine)
     if rescale == "inverse_keep":
         direction = {name: mean / F(density) for name, mean in direction.items()}
     return Explained(
@@ -205,13 +212,18 @@ def add(base: Model, scale: float, direction: Model) -> Model:
     return {name: base[name] + F(scale) * direction[name] for name in base}
 
 
-def weighted_sum(vectors: list[Model], weights: Sequence[float] | None) -> Model:
-    return {
+def weighted_sum(vectors: list[Model], weights: Sequence[float] | None, combine: str) -> Model:
+    """((w_0 v_0 + w_1 v_1) + ...), for "mean" over ((w_0 + w_1) + ...), over N where weights are None."""
+    sums = {
         name: ordered_sum(
             [times(w, v[name]) for w, v in zip(per(weights, vectors), vectors, strict=True)]
         )
         for name in vectors[0]
     }
+    if combine == "sum":
+        return sums
+    divisor = F(len(vectors)) if weights is None else ordered_sum([F(w) for w in weights])
+    return {name: total / divisor for name, total in sums.items()}
 
 
 def trim_thresholds(vector: Model, density: float, scope: str) -> dict[str, np.float32]:
@@ -243,7 +255,7 @@ def elect(
     vectors: list[Model], weights: Sequence[float] | None, zero_sign: str
 ) -> tuple[Model, int]:
     """The sign of the weighted sum of each entry, and the majority of those signs over the model."""
-    sign = {name: np.sign(total) for name, total in weighted_sum(vectors, weights).items()}
+    sign = {name: np.sign(total) for name, total in weighted_sum(vectors, weights, "sum").items()}
     surplus = sum(
         int(np.count_nonzero(s > 0)) - int(np.count_nonzero(s < 0)) for s in sign.values()
     )
@@ -252,9 +264,11 @@ def elect(
     return {name: np.where(s == 0, F(elected), s) for name, s in sign.items()}, majority
 
 
-def disjoint_mean(vectors: list[Model], sign: Model, weights: Sequence[float] | None) -> Model:
-    """Sum of the entries of the elected sign over the number (the weights) of them; 0 where there is none."""
-    means = {}
+def disjoint_sum(
+    vectors: list[Model], sign: Model, weights: Sequence[float] | None, combine: str
+) -> Model:
+    """Sum of the entries of the elected sign, for "mean" over the number (the weights) of them; 0 where there is none."""
+    sums = {}
     for name, elected in sign.items():
         terms, shares = [], []
         for w, vector in zip(per(weights, vectors), vectors, strict=True):
@@ -262,8 +276,10 @@ def disjoint_mean(vectors: list[Model], sign: Model, weights: Sequence[float] | 
             terms.append(np.where(agrees, times(w, vector[name]), F(0)))
             shares.append(np.where(agrees, F(1 if w is None else w), F(0)))
         divisor = ordered_sum(shares)
-        means[name] = ordered_sum(terms) / np.where(divisor == 0, F(1), divisor)
-    return means
+        sums[name] = ordered_sum(terms)
+        if combine == "mean":
+            sums[name] = sums[name] / np.where(divisor == 0, F(1), divisor)
+    return sums
 
 
 def drop(

@@ -26,7 +26,7 @@ class Explained:
       merged: float64.
       direction: float64, what lambda multiplies; empty for Averaging.
       magnitude: |theta_0| + |lambda| sum |w_i tau_i|, over the tau_i that enter the sum, after any rescale; where a method
-        divides by its weights, w_i is the quotient.
+        divides by its weights, w_i is the quotient. Of a sum of experts themselves, sum |w_i theta_i|.
     """
 
     merged: Model
@@ -54,7 +54,11 @@ def explain(base: Model, experts: Sequence[Model], method: Any, masks: Masks) ->
         numbers = [1.0] * len(experts) if weights is None else list(weights)
         taus = [expert - theta for expert in thetas]
         if type(method).__name__ == "Averaging":
-            merged[name] = sum(w * t for w, t in zip(numbers, thetas, strict=True)) / sum(numbers)
+            merged[name] = sum(w * t for w, t in zip(numbers, thetas, strict=True))
+            if fields["combine"] == "sum":
+                magnitude[name] = sum(abs(w * t) for w, t in zip(numbers, thetas, strict=True))
+                continue
+            merged[name] = merged[name] / sum(numbers)
             size = sum(
                 abs(w / sum(numbers)) * abs(tau) for w, tau in zip(numbers, taus, strict=True)
             )
@@ -65,6 +69,8 @@ def explain(base: Model, experts: Sequence[Model], method: Any, masks: Masks) ->
             kept = [np.where(masks(i, name), tau, 0.0) for i, tau in enumerate(taus)]
             if fields["rescale"] == "l1":
                 taus = [float32.l1_ratio(tau, k) * k for tau, k in zip(taus, kept, strict=True)]
+            elif fields["rescale"] == "none":
+                taus = kept
             else:
                 taus = [k / fields["density"] for k in kept]
         if decided.kept:
@@ -75,9 +81,11 @@ def explain(base: Model, experts: Sequence[Model], method: Any, masks: Masks) ->
         if decided.sign:
             sign = decided.sign[name]
             agree = [(np.sign(tau) == sign) & (sign != 0) for tau in taus]
-            divisor = sum(w * a for w, a in zip(numbers, agree, strict=True))
+            shares = [w * a for w, a in zip(numbers, agree, strict=True)]
+        if fields["combine"] == "mean":
+            divisor = sum(shares)
             divisor = np.where(divisor == 0, 1.0, divisor)
-            shares = [w * a / divisor for w, a in zip(numbers, agree, strict=True)]
+            shares = [share / divisor for share in shares]
         directions[name] = sum(share * tau for share, tau in zip(shares, taus, strict=True))
         merged[name] = theta + fields["scale"] * directions[name]
         size = sum(abs(share * tau) for share, tau in zip(shares, taus, strict=True))

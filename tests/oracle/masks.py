@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -45,12 +45,15 @@ def kept(drawn: int, density: float) -> bool:
     return drawn < max(int(float(np.float32(density)) * WORD), 1)
 
 
-def masks(shapes: Mapping[str, tuple[int, ...]], *, seed: int, density: float) -> Masks:
-    """The masks of a model of small leaves, by canonical path."""
+def masks(
+    shapes: Mapping[str, tuple[int, ...]], *, seed: int, density: float | Sequence[float]
+) -> Masks:
+    """The masks of a model of small leaves, by canonical path; a density for all experts or one for each."""
 
     def mask(expert: int, name: str) -> np.ndarray:
         drawn = _draws(key(seed, expert, name), math.prod(shapes[name]))
-        return np.array([kept(x, density) for x in drawn], bool).reshape(shapes[name])
+        keep = density[expert] if isinstance(density, Sequence) else density
+        return np.array([kept(x, keep) for x in drawn], bool).reshape(shapes[name])
 
     return mask
 

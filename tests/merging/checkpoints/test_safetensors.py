@@ -303,8 +303,7 @@ def test_many_threads_read_at_once(tmp_path, opened):
 def test_object_storage_takes_the_same_path(tmp_path, opened, monkeypatch):
     """As far as can be without one: no descriptor, `read` for `preadv`, bytes to write."""
     arrays = some_arrays()
-    for module in (storage, huggingface):
-        monkeypatch.setattr(module, "is_local", lambda path: False)
+    monkeypatch.setattr(storage, "is_local", lambda path: False)
     write_all(tmp_path, arrays, shard_bytes=100)
     reader = opened(tmp_path)
     assert_holds(reader, arrays)

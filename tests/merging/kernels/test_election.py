@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from merging.kernels.election import disjoint_mean, elect, ordered_sum, weighted
+from merging.kernels.election import disjoint_sum, elect, ordered_sum, weighted
 
 WEIGHTS = (0.5, 2.0, 1.0)  # products and sums with the values below are exact in float32
 VALUES = (-2.0, -1.0, -0.0, 0.0, 1.0, 3.0)
@@ -35,7 +35,7 @@ def test_disjoint_mean_is_the_definition(
 ):
     def mean(vectors, weights, zero_sign):
         vote = elect(vectors, weights=weights)
-        return disjoint_mean(vectors, vote, weights=weights, zero_sign=zero_sign)
+        return disjoint_sum(vectors, vote, weights=weights, zero_sign=zero_sign, is_mean=True)
 
     vectors = list(map(jnp.asarray, CASES))
     found = (jax.jit(mean) if jitted else mean)(vectors, weights, jnp.float32(zero_sign))
@@ -58,7 +58,9 @@ def test_a_vote_of_zero_with_no_sign_elects_none():
     plus, minus = jnp.ones(3, jnp.float32), -jnp.ones(3, jnp.float32)
     vote = elect([plus, minus], weights=None)
     for zero_sign in (-1.0, 0.0, 1.0):
-        mean = disjoint_mean([plus, minus], vote, weights=None, zero_sign=jnp.float32(zero_sign))
+        mean = disjoint_sum(
+            [plus, minus], vote, weights=None, zero_sign=jnp.float32(zero_sign), is_mean=True
+        )
         np.testing.assert_array_equal(mean, np.full(3, zero_sign, np.float32))
 
 

@@ -22,6 +22,7 @@ LENGTH, ROWS, V = 16, 8, 64
 CONFIG = PalmConfig(
     vocab_size=V, embed_dim=16, num_layers=2, num_heads=2, head_dim=8, mlp_dim=32, dropout_rate=0.1
 )
+GIVEN = ("should_stop", "evaluate", "log", "write_metrics")
 NEVER_EQUAL = ("step_seconds", "tokens_per_s")
 
 
@@ -85,8 +86,8 @@ def settings(output: pathlib.Path, **changes: Any) -> Settings:
 def run(
     output: pathlib.Path, mixtures: Sequence[Mixture] | None = None, **changes: Any
 ) -> finetune.Report:
-    """One run; `should_stop` and `evaluate` are arguments of `finetune.run`, the others settings."""
-    given = {k: changes.pop(k) for k in ("should_stop", "evaluate", "log") if k in changes}
+    """One run; `GIVEN` are arguments of `finetune.run`, the others settings."""
+    given = {k: changes.pop(k) for k in GIVEN if k in changes}
     mixtures = [mixture()] if mixtures is None else mixtures
     planned = finetune.plan(settings(output, **changes), mixtures, is_one=len(mixtures) == 1)
     return finetune.run(planned, **given)

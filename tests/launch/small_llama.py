@@ -1,8 +1,4 @@
-"""A first merge in a minute: makes a small base and four experts, and merges them by every method from one read.
-
-All is put into ./quickstart as Hugging Face folders that `transformers` opens; the weights are random, so the merges
-show what the program does, not what merging is good for. A second run finds everything done.
-"""
+"""Checkpoints of a llama of 2 million random parameters, as `transformers` opens them: what commands are tried on."""
 
 from __future__ import annotations
 
@@ -13,10 +9,6 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from launch import command, devices, merge
-
-FOLDER = pathlib.Path("quickstart")
-EXPERTS = 4
 SEED = 0
 
 # A llama of 2 million parameters, 4 MB in bfloat16: large enough to have all kinds of leaves, small enough for seconds.
@@ -41,57 +33,6 @@ CONFIG = {
 # Standard deviations. Task vectors of real fine-tuning are smaller than the weights by about this factor.
 WEIGHT_SCALE = 0.02
 TASK_VECTOR_SCALE = 0.002
-
-
-def main(joined: devices.Processes) -> None:
-    """Makes checkpoints, merges them, and says what was done."""
-    if joined.count > 1:
-        raise ValueError("the quickstart is one process: run launch.merge on many")
-    base = make_base(FOLDER / "base")
-    experts = [make_expert(FOLDER / f"expert_{i}", base, number=i) for i in range(EXPERTS)]
-
-    from merging.methods import METHODS
-
-    merges = ", ".join(f"{name!r}: @{cls.__name__}()" for name, cls in METHODS.items())
-    output = FOLDER / "merged"
-    resolved = merge.configured(
-        [merge.RUN_FILE],
-        [
-            f"BASE = {str(base)!r}",
-            f"EXPERTS = {[str(expert) for expert in experts]!r}",
-            f"OUTPUT_DIR = {str(output)!r}",
-            f"METHODS = {{{merges}}}",
-        ],
-    )
-    report = merge.merge(resolved)
-    assert report is not None, "no dry run"
-    print(
-        f"\n{len(METHODS)} merges of {EXPERTS} experts into {base},"
-        f" {'done before' if report.was_done else f'together in {report.seconds:.1f} s'}:\n"
-    )
-    print(table(base, {name: output / name for name in METHODS}))
-    print(f"\nEach is a Hugging Face folder with manifest.json, which says how it was made. {NEXT}")
-
-
-NEXT = """Next, your own:
-
-  python -m launch.merge --base=DIR --experts=DIR,DIR --method=ties --output=DIR"""
-
-
-def table(base: pathlib.Path, merged: Mapping[str, pathlib.Path]) -> str:
-    """A line for each merge: bytes on disk and the mean size of the change from the base."""
-    lines = [f"{'method':<16} {'bytes':>12} {'mean |change|':>14}  folder"]
-    before = read(base)
-    for name, folder in merged.items():
-        change = np.concatenate(
-            [np.abs(leaf - before[key]).ravel() for key, leaf in read(folder).items()]
-        )
-        nbytes = sum(file.stat().st_size for file in folder.iterdir())
-        lines.append(f"{name:<16} {nbytes:>12,} {change.mean(dtype=np.float64):>14.2e}  {folder}")
-    return "\n".join(lines)
-
-
-# ---- checkpoints ------------------------------------------------------------------------------------------------
 
 
 def make_base(folder: pathlib.Path) -> pathlib.Path:
@@ -175,7 +116,3 @@ def read(folder: pathlib.Path) -> dict[str, np.ndarray]:
         }
     finally:
         reader.close()
-
-
-if __name__ == "__main__":
-    command.run(main)

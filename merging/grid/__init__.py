@@ -1,0 +1,1 @@
+"""The cells of a study, relative scores, and claims with intervals."""

@@ -1,0 +1,142 @@
+"""study.json: what a study is made of, for those who read its scores. Where everything of a study lies."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from merging.checkpoints.storage import put_file
+from merging.grid.cells import Cell
+from merging.manifest import OutputError, digest
+
+FILE = "study.json"
+VERSION = 1
+HELD_IN, HELD_OUT = "held_in", "held_out"
+PRETRAINED, INSTRUCTION_TUNED = "pretrained", "instruction_tuned"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """What judges a dataset.
+
+    Attributes:
+      tasks: names in scores; several where it has parts.
+      metric: of their metrics the one that counts.
+    """
+
+    tasks: tuple[str, ...]
+    metric: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Category:
+    """A category of the study's table.
+
+    Attributes:
+      role: "held_in": it has an expert; or "held_out".
+      datasets: by name.
+    """
+
+    role: str
+    datasets: Mapping[str, Dataset]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Places:
+    """The folders of a study.
+
+    Attributes:
+      root: its OUTPUT_DIR.
+    """
+
+    root: epath.Path
+
+    def base(self, size: str, base: str) -> epath.Path:
+        """The checkpoint of a base."""
+        return self.root / "models" / size / base / "base"
+
+    def multitask(self, size: str, base: str) -> epath.Path:
+        """The checkpoint of a multitask model."""
+        return self.root / "models" / size / base / "multitask"
+
+    def experts(self, size: str, base: str, group: int) -> epath.Path:
+        """The folder of experts that are trained by one run, each in a folder of its category."""
+        return self.root / "models" / size / base / f"experts_{group}"
+
+    def scores(self, size: str, base: str, model: str) -> epath.Path:
+        """scores.jsonl and manifest.json of one model."""
+        return self.root / "scores" / size / base / model
+
+    def vectors(self, size: str, base: str) -> epath.Path:
+        """How the task vectors of all experts lie to one another."""
+        return self.root / "vectors" / size / f"{base}.json"
+
+    @property
+    def report(self) -> epath.Path:
+        """What the report stage makes."""
+        return self.root / "report"
+
+
+def described(
+    *,
+    name: str,
+    question: str,
+    sizes: Mapping[str, int | None],
+    bases: Sequence[str],
+    methods: Mapping[str, str],
+    num_experts: Sequence[int],
+    seeds: Sequence[int],
+    categories: Mapping[str, Category],
+    cells: Sequence[Cell],
+) -> dict[str, Any]:
+    """The content of study.json; `sizes` gives numbers of parameters, None where they aren't known yet."""
+    return {
+        "version": VERSION,
+        "name": name,
+        "question": question,
+        "sizes": {size: {"parameters": number} for size, number in sizes.items()},
+        "bases": {base: {"role": base} for base in bases},
+        "methods": dict(methods),
+        "num_experts": list(num_experts),
+        "seeds": list(seeds),
+        "categories": {name: dataclasses.asdict(each) for name, each in categories.items()},
+        "cells": [dataclasses.asdict(cell) for cell in cells],
+    }
+
+
+def write(root: epath.Path, description: Mapping[str, Any]) -> None:
+    """Puts study.json into the study's folder.
+
+    Raises OutputError where another study is there.
+    """
+    path = root / FILE
+    wanted = json.loads(json.dumps(description))
+    if path.exists():
+        found = read(root)
+        if digest(found) == digest(wanted):
+            return
+        different = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
+        raise OutputError(
+            f"{path} is of another study, which differs in {', '.join(different)}: go on with its settings, or choose another"
+            " OUTPUT_DIR"
+        )
+    root.mkdir(parents=True, exist_ok=True)
+    put_file(path, (json.dumps(wanted, indent=1) + "\n").encode())
+
+
+def read(root: epath.PathLike) -> dict[str, Any]:
+    """What study.json says. Raises OutputError where there is none, or none that can be read."""
+    path = epath.Path(root) / FILE
+    if not path.exists():
+        raise OutputError(f"{path} does not exist: give the OUTPUT_DIR of a study")
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise OutputError(f"{path} can't be read: {error}") from error
+    if not isinstance(found, dict) or found.get("version") != VERSION:
+        raise OutputError(f"{path} is not of version {VERSION}, which this program reads")
+    return found

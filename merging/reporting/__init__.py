@@ -1,0 +1,1 @@
+"""Tables, figures and pages from plain data. Nothing here knows what a study is."""

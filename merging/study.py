@@ -1,0 +1,750 @@
+"""The study stage: a grid of bases, experts, merges and evaluations, of which it makes what is missing.
+
+  bases     a pretrained and an instruction-tuned base of every size
+  experts   from every base an expert of each held-in category, and a multitask model
+  cells     base, experts, multitask model and all merges scored on all tasks; merges live and die in device memory
+  report    (merging.report)
+
+Items of a phase depend on none of the same phase and meet in files alone: worker i of n takes every n-th of them, an item that is done
+is left as it is, and what a lost worker left is made by running the phase again. The merge of a cell is `merge_params`, the
+very steps of the merge from disk to disk, which it equals bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from merging import finetune, manifest
+from merging.checkpoints import open_checkpoint
+from merging.checkpoints.storage import put_file
+from merging.engine import hosts
+from merging.engine.resident import merge_params
+from merging.engine.vectors import task_vectors_of
+from merging.evaluation.collect import Result, put_scores
+from merging.evaluation.evaluator import Evaluator, Options
+from merging.evaluation.examples import Task
+from merging.finetune import Mixture, Optimizer
+from merging.grid import study_file
+from merging.grid.cells import Cell, cells
+from merging.grid.study_file import HELD_IN, INSTRUCTION_TUNED, PRETRAINED, Category, Places
+from merging.methods.method import Method
+from merging.models import model_file
+from merging.models.config import DecoderConfig
+from merging.models.families import family_of, model_of
+from merging.models.parameters import read_params
+from merging.partitioning import MeshShape
+from merging.training.optimizer import adamw
+
+PHASES = ("bases", "experts", "cells")
+BASE, MULTITASK = "base", "multitask"
+
+
+class InputMissing(ValueError):
+    """A phase found that an earlier one is not done: names what is missing."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """How one kind of model is trained.
+
+    Attributes:
+      mixture: its name; of experts with `{category}` in it.
+      lengths: {"inputs": tokens, "targets": tokens}.
+      start: of a base, the base that it starts from; None: random parameters.
+      train_steps, batch_size, learning_rate, optimizer, dropout_rate, clip_norm, checkpoint_every: see `finetune.Settings`.
+      at_once: experts that are trained by one step.
+      by_size: {size: {field: value}} where a size asks for other values.
+    """
+
+    mixture: str
+    lengths: Mapping[str, int]
+    train_steps: int
+    batch_size: int
+    learning_rate: Any
+    start: str | None = None
+    optimizer: Optimizer = adamw
+    dropout_rate: float | None = None
+    clip_norm: float | None = 1.0
+    checkpoint_every: int | None = None
+    at_once: int = 1
+    by_size: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+
+    def of_size(self, size: str) -> Training:
+        """With the values of one size."""
+        return dataclasses.replace(self, **self.by_size.get(size, {}), by_size={})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a study is made of.
+
+    Attributes:
+      output_dir: its folder.
+      name, question: for the report.
+      sizes: the model of each size, small to large; None where the bases are checkpoints that say it.
+      bases: "pretrained" and "instruction_tuned", or one of them: how it is trained, or the folder of a checkpoint, with `{size}` in it.
+      expert, multitask: how these are trained; multitask None: there is none.
+      methods: by the name that they have in the report.
+      num_experts: of a merge.
+      seeds: that pick them.
+      mesh: how devices are used; None: all along the data axis.
+      seed: of all training.
+      models_at_once: that are evaluated by one step, each on one device.
+      normalization, row_length, batch_tokens, shapes: see `evaluator.Options`.
+    """
+
+    output_dir: epath.PathLike
+    name: str
+    question: str
+    sizes: Mapping[str, DecoderConfig | None]
+    bases: Mapping[str, Training | str]
+    expert: Training
+    multitask: Training | None
+    methods: Mapping[str, Method]
+    num_experts: Sequence[int] = (2, 4, 6, 8)
+    seeds: Sequence[int] = (0, 1, 2)
+    mesh: MeshShape | jax.sharding.Mesh | None = None
+    seed: int = 0
+    models_at_once: int = 1
+    normalization: str = "sum"
+    row_length: int = 2_048
+    batch_tokens: int = 4_096
+    shapes: int = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """What a study is trained on and judged by; made by who reads text.
+
+    Attributes:
+      categories: held-in and held-out ones, in the order of the table.
+      mixture: (how to train, name of a mixture) -> what is trained on.
+      tasks: () -> what judges, and JSON that says all it depends on.
+    """
+
+    categories: Mapping[str, Category]
+    mixture: Callable[[Training, str], Mixture]
+    tasks: Callable[[], tuple[Sequence[Task], Mapping[str, Any]]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Item:
+    """A part of a phase that is made as a whole.
+
+    Attributes:
+      phase, size, base: of what; base "" where it is all of a size's.
+      name: what is made: a model, or a group of experts.
+      folders: that hold a manifest once it is done.
+      needs: folders that must hold one before.
+    """
+
+    phase: str
+    size: str
+    base: str
+    name: str
+    folders: tuple[epath.Path, ...]
+    needs: tuple[epath.Path, ...] = ()
+
+    @property
+    def is_done(self) -> bool:
+        return all((folder / manifest.MANIFEST).exists() for folder in self.folders)
+
+    @property
+    def label(self) -> str:
+        return "/".join(part for part in (self.size, self.base, self.name) if part)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a study is; all that can be refused at once has been.
+
+    Attributes:
+      categories: all; `held_in` has those with an expert.
+      cells: every one, those of equal merges too.
+      items: by phase, in the order in which they are made.
+    """
+
+    settings: Settings
+    data: Data
+    cells: Sequence[Cell]
+    places: Places
+    items: Mapping[str, Sequence[Item]]
+
+    @property
+    def held_in(self) -> list[str]:
+        """The categories that have an expert."""
+        return [name for name, each in self.data.categories.items() if each.role == HELD_IN]
+
+    @property
+    def mixtures(self) -> list[str]:
+        """The names of all that is trained on."""
+        s = self.settings
+        names = [how.mixture for how in s.bases.values() if isinstance(how, Training)]
+        names += [s.expert.mixture.format(category=category) for category in self.held_in]
+        return names if s.multitask is None else [*names, s.multitask.mixture]
+
+    def merges(self, size: str, base: str) -> dict[str, Cell]:
+        """The different merges of a size and base, by the name of their model."""
+        found: dict[str, Cell] = {}
+        for cell in self.cells:
+            if (cell.size, cell.base) == (size, base):
+                found.setdefault(cell.model, cell)
+        return found
+
+    def base_folder(self, size: str, base: str) -> epath.Path:
+        """Where the base is: made here, or a checkpoint that was there."""
+        return base_folder(self.settings, self.places, size, base)
+
+    def expert_folder(self, size: str, base: str, category: str) -> epath.Path:
+        """Where the expert of a category is."""
+        group = self.held_in.index(category) // self.settings.expert.of_size(size).at_once
+        return self.places.experts(size, base, group) / category
+
+    def describe(self) -> str:
+        """The plan as text, one fact a line."""
+        s = self.settings
+        datasets = sum(len(each.datasets) for each in self.data.categories.values())
+        merges = {(c.size, c.base, c.model) for c in self.cells}
+        lines = [
+            f"study      {s.name}: {s.question}",
+            f"sizes      {', '.join(s.sizes)}",
+            f"bases      {', '.join(s.bases)}",
+            f"methods    {', '.join(s.methods)}",
+            f"merges     {len(self.cells)} of {', '.join(map(str, s.num_experts))} experts, {len(s.seeds)} seeds"
+            f" ({len(merges)} different ones), on {datasets} datasets: {len(self.cells) * datasets:,} evaluations",
+            *(
+                f"{phase:10s} {sum(item.is_done for item in items)} of {len(items)} done"
+                for phase, items in self.items.items()
+            ),
+            f"output     {s.output_dir}",
+        ]
+        return "\n".join(lines)
+
+
+def base_folder(settings: Settings, places: Places, size: str, base: str) -> epath.Path:
+    """Where a base is: made by the study, or a checkpoint that was there."""
+    how = settings.bases[base]
+    return epath.Path(how.format(size=size)) if isinstance(how, str) else places.base(size, base)
+
+
+def plan(settings: Settings, data: Data) -> Plan:
+    """Lists what must be.
+
+    Raises ValueError for settings that make no study, with the names.
+    """
+    _check(settings)
+    held_in = [name for name, each in data.categories.items() if each.role == HELD_IN]
+    every = cells(
+        sizes=list(settings.sizes),
+        bases=list(settings.bases),
+        methods=settings.methods,
+        num_experts=settings.num_experts,
+        seeds=settings.seeds,
+        categories=held_in,
+    )
+    for method in settings.methods.values():
+        for number in settings.num_experts:
+            method.check(number)
+    places = Places(root=epath.Path(settings.output_dir))
+    planned = Plan(settings=settings, data=data, cells=every, places=places, items={})
+    items = {"bases": _bases(planned), "experts": _experts(planned), "cells": _models(planned)}
+    return dataclasses.replace(planned, items=items)
+
+
+def _check(s: Settings) -> None:
+    problems = []
+    for name in ("sizes", "bases", "methods", "num_experts", "seeds"):
+        if not getattr(s, name):
+            problems.append(f"{name.upper()} is empty")
+    known = (PRETRAINED, INSTRUCTION_TUNED)
+    problems += [
+        f"BASES has {name!r}: a base is one of {', '.join(known)}"
+        for name in s.bases
+        if name not in known
+    ]
+    for name, how in s.bases.items():
+        if isinstance(how, Training):
+            if how.start is not None and how.start not in s.bases:
+                problems.append(
+                    f"the base {name} starts from {how.start!r}, which is none of BASES: {', '.join(s.bases)}"
+                )
+            problems += [
+                f"SIZES gives no model for {size}, and the base {name} is trained"
+                for size, config in s.sizes.items()
+                if config is None and how.start is None
+            ]
+    if "{category}" not in s.expert.mixture:
+        problems.append(
+            f"the experts' mixture is {s.expert.mixture!r}: it must have {{category}} in it"
+        )
+    if s.models_at_once < 1:
+        problems.append(f"MODELS_AT_ONCE is {s.models_at_once}: it must be at least 1")
+    if problems:
+        raise ValueError("\n  ".join(["these settings make no study:", *problems]))
+
+
+# ---- what must be -------------------------------------------------------------------------------------------------
+
+
+def _bases(planned: Plan) -> list[Item]:
+    """One item a size, since one base may start from another."""
+    s = planned.settings
+    trained = [base for base, how in s.bases.items() if isinstance(how, Training)]
+    return [
+        Item(
+            phase="bases",
+            size=size,
+            base="",
+            name="bases",
+            folders=tuple(planned.places.base(size, base) for base in trained),
+        )
+        for size in s.sizes
+        if trained
+    ]
+
+
+def _experts(planned: Plan) -> list[Item]:
+    s, items = planned.settings, []
+    for size in s.sizes:
+        at_once = s.expert.of_size(size).at_once
+        for base, how in s.bases.items():
+            needs = (planned.places.base(size, base),) if isinstance(how, Training) else ()
+            make = functools.partial(Item, phase="experts", size=size, base=base, needs=needs)
+            for number in range(-(-len(planned.held_in) // at_once)):
+                folder = planned.places.experts(size, base, number)
+                items.append(make(name=f"experts_{number}", folders=(folder,)))
+            if s.multitask is not None:
+                folder = planned.places.multitask(size, base)
+                items.append(make(name=MULTITASK, folders=(folder,)))
+    return items
+
+
+def _models(planned: Plan) -> list[Item]:
+    s = planned.settings
+    return [
+        Item(
+            phase="cells",
+            size=size,
+            base=base,
+            name=model,
+            folders=(planned.places.scores(size, base, model),),
+            needs=tuple(
+                folder
+                for item in _experts(planned)
+                if (item.size, item.base) == (size, base)
+                for folder in (*item.needs, *item.folders)
+            ),
+        )
+        for size in s.sizes
+        for base in s.bases
+        for model in (
+            BASE,
+            *(f"expert_{category}" for category in planned.held_in),
+            *([MULTITASK] if s.multitask is not None else []),
+            *planned.merges(size, base),
+        )
+    ]
+
+
+# ---- what is done -------------------------------------------------------------------------------------------------
+
+# (phase, items done, of how many, what was done last) as they are made.
+Progress = Callable[[str, int, int, str], None]
+
+
+@dataclasses.dataclass
+class Seconds:
+    """Where the time of a study goes."""
+
+    train: float = 0.0
+    read: float = 0.0
+    tasks: float = 0.0
+    merge: float = 0.0
+    evaluate: float = 0.0
+    write: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a run did.
+
+    Attributes:
+      made: items by phase.
+      seconds: of the stage.
+      spent: where they went.
+    """
+
+    made: Mapping[str, int]
+    seconds: float
+    spent: Seconds
+
+    def describe(self) -> str:
+        """The report as text."""
+        made = ", ".join(f"{count} {phase}" for phase, count in self.made.items())
+        parts = dataclasses.asdict(self.spent)
+        parts["rest"] = self.seconds - sum(parts.values())
+        told = ", ".join(f"{name} {value:.1f}" for name, value in parts.items())
+        return f"made       {made} in {self.seconds:.1f} s\nseconds    {told}"
+
+
+def run(
+    planned: Plan,
+    *,
+    phases: Sequence[str] = PHASES,
+    worker: int = 0,
+    num_workers: int = 1,
+    config_text: str = "",
+    progress: Progress = lambda phase, done, total, name: None,
+    log: Callable[[str], None] = lambda text: None,
+    write_metrics: Callable[[str, int, Mapping[str, float]], None] = lambda name, step, values: (
+        None
+    ),
+    should_stop: Callable[[int], bool] = lambda step: False,
+) -> Report:
+    """Makes what is missing of some phases, in their order.
+
+    Args:
+      phases: of PHASES.
+      worker, num_workers: of each phase the items worker, worker + num_workers, ... are made.
+      config_text: goes into manifests.
+      progress, log, write_metrics: are told.
+      should_stop: see `finetune.run`.
+
+    Raises InputMissing where an earlier phase is not done, and what the stages raise.
+    """
+    if not 0 <= worker < num_workers:
+        raise ValueError(
+            f"--worker={worker} of --num_workers={num_workers}: workers are 0 to {num_workers - 1}"
+        )
+    started = time.perf_counter()
+    if hosts.is_main():
+        study_file.write(planned.places.root, _description(planned))
+    hosts.wait_for_all("study.json")
+    making = _Making(planned, config_text, log, write_metrics, should_stop)
+    made = dict.fromkeys(phases, 0)
+    for phase in phases:
+        items = planned.items[phase][worker::num_workers]
+        missing = [item for item in items if not item.is_done]
+        done = len(items) - len(missing)
+        progress(phase, done, len(items), "")
+        _check_needs(phase, missing)
+        for item in making.make(phase, missing):
+            made[phase] += 1
+            done += 1
+            progress(phase, done, len(items), item.label)
+    return Report(made=made, seconds=time.perf_counter() - started, spent=making.spent)
+
+
+def _description(planned: Plan) -> dict[str, Any]:
+    s = planned.settings
+    return study_file.described(
+        name=s.name,
+        question=s.question,
+        sizes={size: _num_params(planned, size) for size in s.sizes},
+        bases=list(s.bases),
+        methods={name: repr(method) for name, method in s.methods.items()},
+        num_experts=s.num_experts,
+        seeds=s.seeds,
+        categories=planned.data.categories,
+        cells=planned.cells,
+    )
+
+
+def _num_params(planned: Plan, size: str) -> int:
+    config = planned.settings.sizes[size]
+    if config is None:
+        base = next(iter(planned.settings.bases))
+        config = model_file.describe(planned.base_folder(size, base)).config
+    return config.num_params()
+
+
+def _check_needs(phase: str, items: Sequence[Item]) -> None:
+    needed = dict.fromkeys(folder for item in items for folder in item.needs)
+    missing = [str(f) for f in needed if not (f / manifest.MANIFEST).exists()]
+    if missing:
+        shown = "\n  ".join(missing[:10])
+        more = f"\n  and {len(missing) - 10} more" if len(missing) > 10 else ""
+        raise InputMissing(
+            f"the phase {phase} needs what an earlier phase has not made yet; run that to its end first:\n  {shown}{more}"
+        )
+
+
+class _Making:
+    """A run under way, with what its items share."""
+
+    def __init__(
+        self,
+        planned: Plan,
+        config_text: str,
+        log: Callable[[str], None],
+        write_metrics: Callable[[str, int, Mapping[str, float]], None],
+        should_stop: Callable[[int], bool],
+    ):
+        self.plan, self.settings, self.places = planned, planned.settings, planned.places
+        self.config_text, self.log = config_text, log
+        self.write_metrics, self.should_stop = write_metrics, should_stop
+        self.spent = Seconds()
+
+    def make(self, phase: str, items: Sequence[Item]) -> Iterator[Item]:
+        """Makes items, and gives each when it is done."""
+        if phase == "cells":
+            groups = dict.fromkeys((item.size, item.base) for item in items)
+            for group in groups:
+                yield from self._score([i for i in items if (i.size, i.base) == group])
+            return
+        for item in items:
+            (self._train_bases if phase == "bases" else self._train_experts)(item)
+            yield item
+
+    @contextlib.contextmanager
+    def _counted(self, part: str) -> Iterator[None]:
+        """Adds what a block takes to the seconds of a part."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            now = getattr(self.spent, part) + time.perf_counter() - started
+            setattr(self.spent, part, now)
+
+    # ---- training --------------------------------------------------------------------------------------------------
+
+    def _train_bases(self, item: Item) -> None:
+        for base, how in self.settings.bases.items():
+            if isinstance(how, str):
+                continue
+            start = None if how.start is None else self.plan.base_folder(item.size, how.start)
+            output = self.places.base(item.size, base)
+            self._train(how.of_size(item.size), item.size, output, start=start)
+
+    def _train_experts(self, item: Item) -> None:
+        start = self.plan.base_folder(item.size, item.base)
+        if item.name == MULTITASK:
+            how = self.settings.multitask.of_size(item.size)
+            self._train(how, item.size, item.folders[0], start=start)
+            return
+        how = self.settings.expert.of_size(item.size)
+        number = int(item.name.removeprefix("experts_"))
+        categories = self.plan.held_in[number * how.at_once : (number + 1) * how.at_once]
+        self._train(how, item.size, item.folders[0], start=start, categories=categories)
+
+    def _train(
+        self,
+        how: Training,
+        size: str,
+        output: epath.Path,
+        *,
+        start: epath.Path | None,
+        categories: Sequence[str] = (),
+    ) -> None:
+        """One run of the finetune stage: a model, or an expert of each category in folders of their names."""
+        with self._counted("train"):
+            made = [
+                dataclasses.replace(
+                    self.plan.data.mixture(how, how.mixture.format(category=category)),
+                    name=category,
+                )
+                for category in categories
+            ] or [self.plan.data.mixture(how, how.mixture)]
+            settings = finetune.Settings(
+                output_dir=output,
+                initial_checkpoint_path=start,
+                model=self.settings.sizes[size] if start is None else None,
+                train_steps=how.train_steps,
+                batch_size=how.batch_size,
+                learning_rate=how.learning_rate,
+                optimizer=how.optimizer,
+                dropout_rate=how.dropout_rate,
+                clip_norm=how.clip_norm,
+                checkpoint_every=how.checkpoint_every,
+                experts_at_once=min(how.at_once, len(made)),
+                mesh=self.settings.mesh,
+                seed=self.settings.seed,
+            )
+            finetune.run(
+                finetune.plan(settings, made, is_one=not categories),
+                config_text=self.config_text,
+                log=self.log,
+                write_metrics=self.write_metrics,
+                should_stop=self.should_stop,
+            )
+
+    # ---- scores ----------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def _tasks(self) -> tuple[Sequence[Task], Mapping[str, Any]]:
+        with self._counted("tasks"):
+            return self.plan.data.tasks()
+
+    @functools.cached_property
+    def _mesh(self) -> jax.sharding.Mesh:
+        mesh = self.settings.mesh or MeshShape.of_all_devices()
+        return mesh.mesh() if isinstance(mesh, MeshShape) else mesh
+
+    @functools.lru_cache(maxsize=1)  # sizes come one after another  # noqa: B019
+    def _evaluator(self, config: DecoderConfig) -> Evaluator:
+        s = self.settings
+        options = Options(
+            normalization=s.normalization,
+            bidirectional=family_of(config) == "palm",
+            row_length=s.row_length,
+            batch_tokens=s.batch_tokens,
+            shapes=s.shapes,
+        )
+        return Evaluator(model_of(config), self._tasks[0], mesh=self._mesh, options=options)
+
+    def _score(self, items: Sequence[Item]) -> Iterator[Item]:
+        """Scores models of one size and base; `models_at_once` of them by one step."""
+        size, base = items[0].size, items[0].base
+        tasks, tasks_identity = self._tasks
+        family = _Family(self.plan, size, base, self._mesh, self._counted)
+        evaluator = self._evaluator(family.config)
+        if not self.places.vectors(size, base).exists():
+            with self._counted("merge"):
+                self._write_vectors(family)
+        at_once = self.settings.models_at_once
+        for start in range(0, len(items), at_once):
+            group = items[start : start + at_once]
+            params, merged_in = [], []
+            for item in group:
+                begun = time.perf_counter()
+                params.append(family.params(item.name))
+                merged_in.append(time.perf_counter() - begun)
+            ids = [item.label for item in group]
+            begun = time.perf_counter()
+            with self._counted("evaluate"):
+                if at_once == 1:
+                    results = [evaluator(params[0], ids[0])]
+                else:
+                    filled = params + params[-1:] * (at_once - len(group))
+                    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *filled)
+                    results = evaluator.many(stacked, ids + ids[-1:] * (at_once - len(group)))
+            evaluated_in = (time.perf_counter() - begun) / len(group)
+            with self._counted("write"):
+                for item, seconds, of_model in zip(group, merged_in, results, strict=False):
+                    record = {
+                        **manifest.provenance(
+                            family.identity(item.name, tasks_identity, self.settings)
+                        ),
+                        "load_or_merge_seconds": round(seconds, 4),
+                        "evaluate_seconds": round(evaluated_in, 4),
+                        "config": self.config_text,
+                    }
+                    self._write_scores(item.folders[0], of_model, record)
+            yield from group
+
+    def _write_scores(
+        self, folder: epath.Path, results: Sequence[Result], record: Mapping[str, Any]
+    ) -> None:
+        """Scores, then the manifest: two that make the same put the same, and no reader takes a part for the whole."""
+        if hosts.is_main():
+            folder.mkdir(parents=True, exist_ok=True)
+            put_scores(folder, results)
+            manifest.write(folder, record)
+        hosts.wait_for_all(f"scores in {folder}")
+
+    def _write_vectors(self, family: _Family) -> None:
+        found = task_vectors_of(family.base, list(family.experts.values()))
+        path = self.places.vectors(family.size, family.base_name)
+        if hosts.is_main():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            content = {
+                "experts": list(family.experts),
+                **{k: v.tolist() for k, v in dataclasses.asdict(found).items()},
+            }
+            put_file(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+class _Family:
+    """The models of one size and base: base and experts in memory, read when first asked for; merges made of them."""
+
+    def __init__(
+        self,
+        planned: Plan,
+        size: str,
+        base: str,
+        mesh: jax.sharding.Mesh,
+        counted: Callable[[str], contextlib.AbstractContextManager[None]],
+    ):
+        self.plan, self.size, self.base_name = planned, size, base
+        self.folder = planned.base_folder(size, base)
+        self.config = model_file.describe(self.folder).config
+        self._mesh, self._counted = mesh, counted
+        self._merges = planned.merges(size, base)
+
+    def _read(self, folder: epath.Path) -> Any:
+        with self._counted("read"):
+            return read_params(folder, self.config, self._mesh)
+
+    @functools.cached_property
+    def base(self) -> Any:
+        return self._read(self.folder)
+
+    @functools.cached_property
+    def experts(self) -> dict[str, Any]:
+        return {
+            category: self._read(self.plan.expert_folder(self.size, self.base_name, category))
+            for category in self.plan.held_in
+        }
+
+    @functools.cached_property
+    def _digests(self) -> dict[str, str]:
+        """Of every checkpoint, by the name of its model."""
+        folders = {BASE: self.folder}
+        for category in self.plan.held_in:
+            folder = self.plan.expert_folder(self.size, self.base_name, category)
+            folders[f"expert_{category}"] = folder
+        if self.plan.settings.multitask is not None:
+            folders[MULTITASK] = self.plan.places.multitask(self.size, self.base_name)
+        found = {}
+        for name, folder in folders.items():
+            with contextlib.closing(open_checkpoint(folder)) as reader:
+                found[name] = reader.digest()
+        return found
+
+    def params(self, model: str) -> Any:
+        """The parameters of a model of this size and base."""
+        if model == BASE:
+            return self.base
+        if model == MULTITASK:
+            return self._read(self.plan.places.multitask(self.size, self.base_name))
+        if model in self._merges:
+            cell = self._merges[model]
+            experts = [self.experts[category] for category in cell.categories]
+            with self._counted("merge"):
+                return merge_params(
+                    self.base,
+                    experts,
+                    self.plan.settings.methods[cell.method],
+                    seed=cell.seed,
+                    stacked=model_file.stacked_of(self.config),
+                )
+        return self.experts[model.removeprefix("expert_")]
+
+    def identity(self, model: str, tasks: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+        """All that the scores of a model depend on, as JSON."""
+        identity: dict[str, Any] = {
+            "stage": "study",
+            "model": model,
+            "tasks": dict(tasks),
+            "normalization": settings.normalization,
+            "row_length": settings.row_length,
+        }
+        if model not in self._merges:
+            return identity | {"inputs": {model: self._digests[model]}}
+        cell = self._merges[model]
+        names = [BASE, *(f"expert_{category}" for category in cell.categories)]
+        return identity | {
+            "method": repr(settings.methods[cell.method]),
+            "seed": cell.seed,
+            "inputs": {name: self._digests[name] for name in names},
+        }

@@ -1,0 +1,226 @@
+"""`launch.evaluate`, from gin and flags to tables and files, on a small model with random parameters."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+from typing import Any
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from launch import devices, evaluate
+from launch.pod.local import run_local
+from merging.models import model_file
+from merging.models.config import PalmConfig
+from merging.models.palm import Palm
+
+REPOSITORY = pathlib.Path(__file__).parents[2]
+ALONE = devices.Processes()
+
+# Choices and a text that is written, five examples each: an odd number, and fewer than there are devices.
+ASKED = {
+    "MIXTURE_OR_TASK_NAME": ["causes_choose_mini", "opposites_which_mini"],
+    "TASK_FEATURE_LENGTHS": {"inputs": 160, "targets": 8},
+    "LIMIT": 5,
+    "SHAPES": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A folder as finetune leaves it, but for the manifest."""
+    from tasks.miniature import vocabulary
+
+    config = PalmConfig(
+        vocab_size=vocabulary().vocab_size, embed_dim=16, num_layers=2, num_heads=2, head_dim=8, mlp_dim=32
+    )  # fmt: skip
+    params = Palm(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    leaves = flax.traverse_util.flatten_dict(nn.unbox(params), sep="/")
+    folder = tmp_path_factory.mktemp("models") / "small"
+    folder.mkdir()
+    save_file({k: np.asarray(v) for k, v in leaves.items()}, folder / "model.safetensors")
+    model_file.write(folder, config, {"layers": 0}, model_file.Vocabulary(name="miniature"))
+    return folder
+
+
+def bindings(checkpoint: pathlib.Path, output: pathlib.Path, **changes: Any) -> list[str]:
+    given = {"INITIAL_CHECKPOINT_PATH": str(checkpoint), "OUTPUT_DIR": str(output)}
+    return [f"{name} = {value!r}" for name, value in (given | ASKED | changes).items()]
+
+
+def run(*where: pathlib.Path, is_dry_run: bool = False, **changes: Any) -> Any:
+    resolved = evaluate.configured([evaluate.RUN_FILE], bindings(*where, **changes))
+    return evaluate.evaluate(resolved, ALONE, is_dry_run=is_dry_run)
+
+
+def lines(output: pathlib.Path) -> list[dict[str, Any]]:
+    """scores.jsonl without the seconds."""
+    found = [json.loads(line) for line in (output / "scores.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in found]
+
+
+def records(output: pathlib.Path, model: str = "small") -> dict[str, list[dict[str, Any]]]:
+    """Every example by the name of its file."""
+    found = {}
+    for path in sorted((output / "examples" / model).iterdir()):
+        with gzip.open(path, "rt") as file:
+            found[path.name] = [json.loads(line) for line in file]
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(checkpoint: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The output of a run that wrote its examples."""
+    output = tmp_path_factory.mktemp("scores") / "whole"
+    report = run(checkpoint, output, WRITE_EXAMPLES=True)
+    assert report.examples == 10
+    return output
+
+
+def test_scores_are_the_metrics_of_the_examples_that_are_written(whole: pathlib.Path):
+    ranked, written = records(whole).values()
+    assert list(records(whole)) == ["causes_mini_choose.jsonl.gz", "opposites_mini_which.jsonl.gz"]
+    right = [each["prediction"] == each["target"] for each in ranked]
+    exact = [each["prediction"] in each["target"] for each in written]
+    found = {(line["task"], line["metric"]): line for line in lines(whole)}
+    accuracy = found["causes_mini", "accuracy"]
+    assert (accuracy["value"], accuracy["count"], accuracy["chance"]) == (np.mean(right), 5, 0.5)
+    assert found["opposites_mini", "exact_match"]["value"] == 100 * np.mean(exact)
+    for each in ranked:
+        assert len(each["choices"]) == len(each["choice_scores"]) == 2
+        assert each["prediction"] == int(np.argmax(each["choice_scores"]))
+        assert all(choice in each["inputs"] for choice in each["choices"])
+
+
+def test_few_shot_examples_stand_before_the_same_inputs(
+    checkpoint: pathlib.Path, whole: pathlib.Path, tmp_path: pathlib.Path
+):
+    name = "causes_mini_choose.jsonl.gz"
+    run(
+        checkpoint, tmp_path / "few", FEW_SHOT=2, MIXTURE_OR_TASK_NAME="causes_choose_mini", WRITE_EXAMPLES=True
+    )  # fmt: skip
+    before = {each["id"]: each for each in records(whole)[name]}
+    after = records(tmp_path / "few")[name]
+    assert [each["id"] for each in after] == list(before)
+    for each in after:
+        *shots, inputs = each["inputs"].split("\n\n")
+        assert inputs == before[each["id"]]["inputs"]
+        assert len(shots) == 2 and len({*shots, inputs}) == 3
+        assert each["choice_scores"] != before[each["id"]]["choice_scores"]
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(
+    checkpoint: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+):
+    assert run(checkpoint, tmp_path / "out", is_dry_run=True) is None
+    printed = capsys.readouterr().out
+    assert "1 model on 2 tasks (1 ranked, 1 generated), 10 examples each" in printed
+    assert "named_checkpoints.initial_checkpoint_path = " in printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_table_has_the_spread_over_prompts_beside_their_mean():
+    from merging.evaluate import Report
+    from merging.evaluation.collect import Score
+
+    scores = [
+        Score(
+            model="m", task="t", prompt=prompt, metric="accuracy", value=value, stderr=0.3, count=100, chance=0.5, seconds=1.0
+        )
+        for prompt, value in [("a", 0.25), ("b", 0.75)]
+    ]  # fmt: skip
+    shown = evaluate.described(
+        Report(scores=scores, ties=3, examples=200, seconds=2.0), FakePlan()
+    ).splitlines()
+    assert shown[1].split() == "m t accuracy 0.5000 0.2121 2 0.3536 0.5000 200".split()
+    assert shown[2].startswith("200 examples in 2.0 s (100/s")
+    assert shown[3].startswith("3 examples had several best choices")
+
+
+class FakePlan:
+    """As much of a plan as the table needs."""
+
+    class settings:  # noqa: N801
+        output_dir = "/out"
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"CHECKPOINTS": ["/a"]}, "INITIAL_CHECKPOINT_PATH, or CHECKPOINTS, and not both"),
+        ({"MEASURE": "accuracy"}, "MEASURE is 'accuracy'"),
+        ({"LIMIT": 0}, "LIMIT is 0: it must be at least 1"),
+        ({"TASK_FEATURE_LENGTHS": {"inputs": 8}}, "give 'inputs' and 'targets', and nothing else"),
+        ({"SPLIT": "other"}, "has no split 'other'"),
+        ({"ROW_LENGTH": 8}, "task causes_mini, prompt choose, example .* don't fit into 8"),
+    ],
+)
+def test_what_can_not_be_is_told(
+    checkpoint: pathlib.Path, tmp_path: pathlib.Path, changes: dict[str, Any], told: str
+):
+    with pytest.raises(ValueError, match=told) as caught:
+        run(checkpoint, tmp_path / "out", **changes)
+    assert "In call to configurable" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_folders_of_one_name_need_names():
+    with pytest.raises(ValueError, match="have one name: give CHECKPOINTS as {name: folder}"):
+        evaluate.named_checkpoints(None, ["/a/model", "/b/model"])
+    assert evaluate.named_checkpoints(None, {"x": "/a/model"}) == {"x": "/a/model"}
+    assert evaluate.named_checkpoints("/a/model", None) == {"model": "/a/model"}
+
+
+# ---- several processes, and one that is killed ----------------------------------------------------------------------
+
+
+def command(*where: pathlib.Path, module: str = "launch.evaluate", **changes: Any) -> list[str]:
+    given = bindings(*where, **changes)
+    return [sys.executable, "-m", module, f"--gin_file={evaluate.RUN_FILE}"] + [
+        f"--gin_bindings={each}" for each in given
+    ]
+
+
+@pytest.mark.slow
+def test_two_processes_of_four_devices_give_the_same(
+    checkpoint: pathlib.Path, whole: pathlib.Path, tmp_path: pathlib.Path
+):
+    shared = command(checkpoint, tmp_path / "out", WRITE_EXAMPLES=True)
+    outputs = run_local(shared, processes=2, devices=4, timeout_s=300, echo=lambda _: None)
+    assert ["10 examples in" in each for each in outputs] == [True, False]
+    assert lines(tmp_path / "out") == lines(whole)
+    for name, wanted in records(whole).items():
+        for mine, theirs in zip(records(tmp_path / "out")[name], wanted, strict=True):
+            scores = mine.pop("choice_scores", []), theirs.pop("choice_scores", [])
+            np.testing.assert_allclose(*scores, atol=1e-5)
+            assert mine == theirs
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_goes_on_and_gives_the_same(
+    checkpoint: pathlib.Path, whole: pathlib.Path, tmp_path: pathlib.Path
+):
+    both = {"a": str(checkpoint), "b": str(checkpoint)}
+    given = {"INITIAL_CHECKPOINT_PATH": None, "CHECKPOINTS": both}
+    ended, partial = tmp_path / "ended", tmp_path / "ended.partial"
+    # Of four saves, two tasks of two models, the third dies with its file written and not yet in place.
+    killed = subprocess.run(
+        command(checkpoint, ended, module="tests.launch.killed_evaluate", **given), cwd=REPOSITORY
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert not ended.exists() and (partial / "scores.jsonl.tmp").exists()
+    assert {line["model"] for line in lines(partial)} == {"a"}
+    again = run(checkpoint, ended, **given)
+    assert again.examples == 10  # the second model's
+    assert lines(ended) == [line | {"model": name} for name in both for line in lines(whole)]
+    assert not (ended / "scores.jsonl.tmp").exists()

@@ -1,0 +1,242 @@
+"""The study stage on a tiny world: everything once, whatever ends it or shares it, and merges that are those from disk to disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import flax.traverse_util
+import jax
+import numpy as np
+import pytest
+
+import merging
+from merging import manifest, study
+from merging.evaluation.collect import SCORES, ScoresFile
+from merging.grid.study_file import Category, Dataset
+from merging.manifest import OutputError
+from merging.methods.averaging import Averaging
+from merging.methods.dare_ties import DareTies
+from merging.methods.ties import Ties
+from merging.partitioning import MeshShape
+from merging.study import Data, InputMissing, Settings, Training
+from tests.merging.evaluation.test_evaluator import TASKS
+from tests.merging.training import runs
+
+CATEGORIES = {
+    "ones": Category(
+        role="held_in", datasets={"many": Dataset(tasks=("many",), metric="accuracy")}
+    ),
+    "twos": Category(
+        role="held_in", datasets={"written": Dataset(tasks=("written",), metric="exact")}
+    ),
+    "threes": Category(
+        role="held_out", datasets={"few": Dataset(tasks=("few",), metric="accuracy")}
+    ),
+}
+SEEDS = {"text": 5, "tuning": 6, "ones_tiny": 0, "twos_tiny": 1, "both": 2}
+METHODS = {"averaging": Averaging(), "ties": Ties(density=0.3), "dare_ties": DareTies()}
+
+
+def mixture(how: Training, name: str) -> Any:
+    return dataclasses.replace(runs.mixture(name, SEEDS[name]), validation=None)
+
+
+DATA = Data(categories=CATEGORIES, mixture=mixture, tasks=lambda: (TASKS, {"of": "test"}))
+
+
+def training(name: str, **changes: Any) -> Training:
+    standard = {"train_steps": 3, "batch_size": runs.ROWS, "learning_rate": 1e-2}
+    return Training(mixture=name, lengths={}, **standard | changes)
+
+
+def settings(output: pathlib.Path, **changes: Any) -> Settings:
+    standard: dict[str, Any] = {
+        "name": "tiny",
+        "question": "Does it run?",
+        "sizes": {"tiny": runs.CONFIG},
+        "bases": {
+            "pretrained": training("text"),
+            "instruction_tuned": training("tuning", start="pretrained"),
+        },
+        "expert": training("{category}_tiny"),
+        "multitask": training("both"),
+        "methods": METHODS,
+        "num_experts": (1, 2),
+        "seeds": (0, 1),
+        "mesh": MeshShape().mesh(jax.devices()[:1]),
+        "row_length": 48,
+        "batch_tokens": 160,
+        "shapes": 1,
+    }
+    return Settings(output_dir=output, **standard | changes)
+
+
+def run(output: pathlib.Path, *, options: dict[str, Any] | None = None, **arguments: Any):
+    return study.run(study.plan(settings(output, **options or {}), DATA), **arguments)
+
+
+def scores(output: pathlib.Path) -> dict[str, Any]:
+    found = {}
+    for path in sorted(output.rglob(SCORES)):
+        lines = [dataclasses.replace(s, seconds=0.0) for s in ScoresFile(path).scores]
+        found[str(path.parent.relative_to(output))] = [line.line() for line in lines]
+    return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def optax_promotes() -> Iterator[None]:
+    """optax raises float numbers to the power of a count."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    output = tmp_path_factory.mktemp("whole") / "study"
+    told = []
+    report = run(
+        output, progress=lambda phase, done, total, name: told.append((phase, done, total))
+    )
+    # Two experts, base and multitask of each base; averaging and TIES of 2 do not depend on the seed.
+    assert report.made == {"bases": 1, "experts": 6, "cells": 2 * (4 + 3 * 2 + 1 + 1 + 2)}
+    assert told[-1] == ("cells", 28, 28)
+    return output
+
+
+def test_everything_is_there_once_and_is_not_made_again(whole: pathlib.Path):
+    found = scores(whole)
+    assert len(found) == 28
+    for place, lines in found.items():
+        size, base, model = pathlib.Path(place).parts[1:]
+        assert {json.loads(line)["model"] for line in lines} == {f"{size}/{base}/{model}"}
+        assert {json.loads(line)["task"] for line in lines} == {task.name for task in TASKS}
+    assert run(whole).made == {"bases": 0, "experts": 0, "cells": 0}
+
+
+@pytest.mark.parametrize("model", ["ties_n2_s0", "dare_ties_n2_s1", "averaging_n1_s1"])
+def test_a_cell_s_merge_is_that_from_disk_to_disk(
+    whole: pathlib.Path, tmp_path: pathlib.Path, model: str
+):
+    planned = study.plan(settings(whole), DATA)
+    cell = planned.merges("tiny", "instruction_tuned")[model]
+    mesh = planned.settings.mesh
+    making = study._Making(planned, "", print, lambda *args: None, lambda step: False)
+    family = study._Family(planned, "tiny", "instruction_tuned", mesh, making._counted)
+    in_memory = family.params(model)
+    merging.merge_checkpoints(
+        base=planned.base_folder("tiny", "instruction_tuned"),
+        experts=[
+            planned.expert_folder("tiny", "instruction_tuned", category)
+            for category in cell.categories
+        ],
+        output_dir=tmp_path / "merged",
+        method=METHODS[cell.method],
+        seed=cell.seed,
+    )
+    from_disk = runs.params(tmp_path / "merged")
+    flat = flax.traverse_util.flatten_dict(in_memory, sep="/")
+    leaves = {name: np.asarray(leaf) for name, leaf in flat.items()}
+    assert leaves.keys() == from_disk.keys()
+    for name, leaf in leaves.items():
+        assert leaf.tobytes() == from_disk[name].tobytes(), name
+
+
+@pytest.mark.slow
+def test_ended_anywhere_it_goes_on_to_the_same_scores(whole: pathlib.Path, tmp_path: pathlib.Path):
+    output = tmp_path / "study"
+    shutil.copytree(whole / "models", output / "models")  # whose resuming is tested with finetune
+
+    class Ended(Exception):
+        pass
+
+    def end_after(number: int):
+        def progress(phase: str, done: int, total: int, name: str) -> None:
+            if phase == "cells" and done == number:
+                raise Ended
+
+        return progress
+
+    for number in (3, 17):
+        with pytest.raises(Ended):
+            run(output, progress=end_after(number))
+    # A model whose scores are there and whose manifest is not was ended between the two.
+    (output / "scores/tiny/pretrained/base" / manifest.MANIFEST).unlink()
+    assert run(output).made["cells"] == 28 - 17 + 1
+    assert scores(output) == scores(whole)
+
+
+@pytest.mark.slow
+def test_two_workers_give_the_scores_of_one(whole: pathlib.Path, tmp_path: pathlib.Path):
+    output = tmp_path / "study"
+    run(output, phases=["bases"])
+    for phase in ("experts", "cells"):
+        made = [run(output, phases=[phase], worker=i, num_workers=2).made[phase] for i in (1, 0)]
+        assert made == ([3, 3] if phase == "experts" else [14, 14])
+    assert scores(output) == scores(whole)
+
+
+@pytest.mark.slow
+def test_several_models_by_one_step(whole: pathlib.Path, tmp_path: pathlib.Path):
+    output = tmp_path / "study"
+    shutil.copytree(whole / "models", output / "models")
+    run(output, options={"models_at_once": 3})
+    found, wanted = scores(output), scores(whole)
+    assert found.keys() == wanted.keys()
+    for place in wanted:
+        for one, other in zip(found[place], wanted[place], strict=True):
+            a, b = json.loads(one), json.loads(other)
+            assert a["value"] == pytest.approx(b["value"], abs=1e-5), (place, a["task"])
+
+
+def test_task_vectors_are_compared(whole: pathlib.Path):
+    found = json.loads((whole / "vectors/tiny/pretrained.json").read_text())
+    planned = study.plan(settings(whole), DATA)
+    base = runs.params(planned.base_folder("tiny", "pretrained"))
+    flat = []
+    for category in found["experts"]:
+        expert = runs.params(planned.expert_folder("tiny", "pretrained", category))
+        flat.append(np.concatenate([(expert[k] - base[k]).ravel() for k in base]).astype(float))
+    assert found["experts"] == ["ones", "twos"]
+    np.testing.assert_allclose(found["norms"], [np.linalg.norm(v) for v in flat], rtol=1e-5)
+    cosine = flat[0] @ flat[1] / np.linalg.norm(flat[0]) / np.linalg.norm(flat[1])
+    np.testing.assert_allclose(found["cosines"], [[1, cosine], [cosine, 1]], atol=1e-5)
+    both = (flat[0] != 0) & (flat[1] != 0)
+    conflict = np.mean(flat[0][both] * flat[1][both] < 0)
+    np.testing.assert_allclose(found["sign_conflict"], [[0, conflict], [conflict, 0]], atol=1e-6)
+
+
+def test_a_phase_names_what_an_earlier_one_lacks(tmp_path: pathlib.Path):
+    with pytest.raises(InputMissing, match="the phase experts needs .*\n.*tiny/pretrained/base"):
+        run(tmp_path / "study", phases=["experts"])
+    with pytest.raises(InputMissing, match="the phase cells needs"):
+        run(tmp_path / "study", phases=["cells"])
+
+
+def test_another_study_in_the_same_folder_is_refused(whole: pathlib.Path):
+    with pytest.raises(OutputError, match="another study, which differs in cells, seeds"):
+        run(whole, options={"seeds": (0, 1, 2)})
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"num_experts": (1, 3)}, "NUM_EXPERTS has 3: there are 2 held-in categories"),
+        ({"sizes": {"tiny": None}}, "SIZES gives no model for tiny"),
+        ({"bases": {"mine": training("text")}}, "BASES has 'mine': a base is one of pretrained"),
+        ({"expert": training("ones")}, "the experts' mixture is 'ones': it must have"),
+        ({"methods": {}}, "METHODS is empty"),
+        (
+            {"methods": {"a": Averaging(weights=(1.0, 2.0, 3.0))}},
+            "Averaging.weights has 3 numbers for 1 experts",
+        ),
+    ],
+)
+def test_what_makes_no_study_is_refused(tmp_path: pathlib.Path, options: dict, match: str):
+    with pytest.raises(ValueError, match=match):
+        study.plan(settings(tmp_path / "study", **options), DATA)
+    assert not (tmp_path / "study").exists()
