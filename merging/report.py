@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 
 from merging import manifest
-from merging.checkpoints.storage import sync
+from merging.checkpoints.storage import is_local, sync
 from merging.grid import bootstrap, results, scaling, summaries
 from merging.grid.bootstrap import Estimate
 from merging.grid.claims import FAILS, HOLDS, UNDECIDED, Judged, judge, threshold
@@ -376,7 +376,8 @@ def _check_output(output: epath.Path) -> None:
 
 def _put(output: epath.Path, files: Mapping[str, bytes], study_dir: epath.Path) -> None:
     """All files, in place of what is there."""
-    making = output.parent / f"{output.name}.partial.{os.getpid()}"  # two may run at once
+    # Two may run at once. A bucket knows no renaming: there the manifest, put last, makes a report of the files.
+    making = output.parent / f"{output.name}.partial.{os.getpid()}" if is_local(output) else output
     before = output.parent / f"{output.name}.before.{os.getpid()}"
     for name, content in files.items():
         path = making / name
@@ -391,6 +392,8 @@ def _put(output: epath.Path, files: Mapping[str, bytes], study_dir: epath.Path) 
             "code": manifest.code_digest(),
         },
     )
+    if not is_local(output):
+        return
     sync(making)
     if output.exists():
         output.rename(before)

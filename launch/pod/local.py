@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from absl import app, flags
 
 from launch import devices as device_start
+from launch import exit_codes
 
 # Between SIGTERM and SIGKILL. jax.distributed takes SIGTERM for a notice of preemption and goes on, so most processes
 # need the second; a shorter grace would cut the last lines of those that do not.
@@ -126,7 +127,7 @@ def main(argv: Sequence[str]) -> None:
     if not command:
         raise app.UsageError("give the command after --")
     signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+        signal.SIGTERM, lambda *_: sys.exit(exit_codes.PREEMPTED)
     )  # so that `finally` runs
     try:
         run_local(

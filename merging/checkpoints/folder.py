@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pathlib
 from collections.abc import Iterable, Iterator
 
 from etils import epath
 
 from merging.checkpoints.format import CheckpointError
-from merging.checkpoints.storage import is_local
+from merging.checkpoints.storage import is_local, read_remote
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,11 +79,7 @@ class Folder:
             if self.is_local:
                 done = self._read_local(name, blob, offset, buffer)
             else:
-                with (self.path / blob.file).open("rb") as handle:
-                    handle.seek(blob.offset + offset)
-                    data = handle.read(len(buffer))
-                    done = len(data)
-                    buffer[:done] = data
+                done = read_remote(self.path / blob.file, blob.offset + offset, buffer)
         except FileNotFoundError:
             raise CheckpointError(f"{name}: the file vanished since it was opened") from None
         except OSError as error:
@@ -134,13 +129,7 @@ class Folder:
         if self.is_local:
             yield from _scan_local(os.fspath(self.path), "")
             return
-        for found in self.path.rglob("*"):
-            if found.is_file():
-                stat = found.stat()
-                yield (
-                    pathlib.PurePosixPath(os.path.relpath(found, self.path)).as_posix(),
-                    Identity(stat.length, stat.mtime * 10**9, 0),
-                )
+        yield from _scan_remote(self.path, "")
 
 
 def _scan_local(root: str, below: str) -> Iterator[tuple[str, Identity]]:
@@ -157,6 +146,16 @@ def _scan_local(root: str, below: str) -> Iterator[tuple[str, Identity]]:
                     f"{os.path.join(root, relative)} is {kind}: a checkpoint is read from its own folder only; copy it "
                     "with its files"
                 )
+
+
+def _scan_remote(root: epath.Path, below: str) -> Iterator[tuple[str, Identity]]:
+    for found in (root / below).iterdir():
+        relative = f"{below}/{found.name}" if below else found.name
+        if found.is_dir():
+            yield from _scan_remote(root, relative)
+        else:
+            stat = found.stat()
+            yield relative, Identity(stat.length, stat.mtime * 10**9, 0)
 
 
 def _identity(found: os.stat_result) -> Identity:

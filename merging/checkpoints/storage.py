@@ -4,16 +4,17 @@ What it promises: bytes go straight into the caller's buffer; a file that vanish
 changed since it was opened is an error that names it, never other bytes; reading is thread-safe
 and lets go of the GIL.
 
-Every file is opened by `etils.epath`, so `gs://` paths work wherever a local one does. On local
-disk all threads share one file descriptor and read by offset (`preadv`): a handle for every thread
-would be threads x shards x checkpoints, 8 x 30 x 9 = 2160 for one merge, twice the usual limit of
-1024. Object storage has no shared reads by offset, so there each thread has its own handle.
+`gs://` paths work wherever a local one does. On local disk all threads share one file descriptor and
+read by offset (`preadv`): a handle for every thread would be threads x shards x checkpoints,
+8 x 30 x 9 = 2160 for one merge, twice the usual limit of 1024. From object storage a read is one request for exactly
+those bytes: its clients' file handles read ahead, up to 256 MiB each.
 
 Writing is by offset too, from any thread and in any order: on local disk at once (`pwrite`), to object
 storage, which takes bytes one after another only, as soon as what comes before has arrived.
 
-What it leaves out: retries (the storage client's), and changes of a remote object while
-it is read (its size and time are recorded, but asking at every read would cost a round trip).
+Retries are the storage client's (gcsfs: six, with backoff, where a connection breaks or the answer is 408, 429 or 5xx).
+Whether a remote object is still the one that was opened is asked once, by `check_unchanged`: at every read it would
+cost a round trip.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from etils import epath
 
@@ -60,7 +61,6 @@ class ByteSource:
         self._name = os.fspath(self.path)
         self._handles = contextlib.ExitStack()
         self._lock = threading.Lock()  # guards _handles
-        self._own = threading.local()  # .handle: this thread's, on object storage
         self._descriptor: int | None = None
         self._identity: tuple[int, int, int] | None = None
         self._next_look = 0.0
@@ -70,10 +70,12 @@ class ByteSource:
             else:
                 found = self.path.stat()
                 self.size, self.mtime_ns = found.length, found.mtime * 10**9
+                self._version = remote_version(self.path)
         except OSError as error:
-            if error.errno not in _NO_FILE:
+            is_missing = isinstance(error, FileNotFoundError)  # of gcsfs, without a number
+            if not is_missing and error.errno not in _NO_FILE:
                 raise
-            reason = "no such file" if error.errno == errno.ENOENT else error.strerror
+            reason = "no such file" if is_missing else error.strerror
             raise CheckpointError(f"{self._name}: {reason}; check the path") from None
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
@@ -84,7 +86,7 @@ class ByteSource:
         """
         try:
             if self._descriptor is None:
-                count = self._read_remote(offset, buffer)
+                count = read_remote(self.path, offset, buffer)
             else:
                 count = self._read_local(offset, buffer)
                 now = time.monotonic()
@@ -102,12 +104,16 @@ class ByteSource:
             )
 
     def check_unchanged(self) -> None:
-        """Raises as `read_into` does if a local file is not the one that was opened. After the last read, this says that
-        all reads were of one file."""
-        if self._descriptor is None:
-            return
+        """Raises as `read_into` does if the file is not the one that was opened. After the last read, this says that all reads
+        were of one file."""
         try:
-            self._check_unchanged()
+            if self._descriptor is not None:
+                self._check_unchanged()
+            elif remote_version(self.path) != self._version:
+                raise CheckpointError(
+                    f"{self._name}: the object was written again since it was opened; inputs must stay as they are during"
+                    " a merge: run again once nothing writes to it"
+                )
         except FileNotFoundError:
             raise CheckpointError(_VANISHED.format(self._name)) from None
 
@@ -121,8 +127,8 @@ class ByteSource:
         """Closes every thread's handle. Safe to call twice; no reads may be under way or follow."""
         with self._lock:
             self._handles.close()
-        self._descriptor = -1  # any later read is EBADF, not another file's bytes
-        self._own = threading.local()
+        if self._descriptor is not None:
+            self._descriptor = -1  # any later read is EBADF, not another file's bytes
 
     def _open_local(self) -> None:
         # Looked at before it is opened: opening a pipe would wait for its writer.
@@ -143,24 +149,6 @@ class ByteSource:
                 break
             done += count
         return done
-
-    def _read_remote(self, offset: int, buffer: memoryview) -> int:
-        handle = getattr(self._own, "handle", None)
-        if handle is None:
-            handle = self._own.handle = self._open_remote()
-        handle.seek(offset)
-        done, wanted = 0, len(buffer)
-        while done < wanted:
-            data = handle.read(wanted - done)  # TensorFlow's GFile has no readinto
-            if not data:
-                break
-            buffer[done : done + len(data)] = data
-            done += len(data)
-        return done
-
-    def _open_remote(self) -> BinaryIO:
-        with self._lock:
-            return self._handles.enter_context(self.path.open("rb"))
 
     def _check_unchanged(self) -> None:
         found = os.stat(self._name)
@@ -224,6 +212,50 @@ def leads_out(path: epath.PathLike) -> bool:
 def is_local(path: epath.PathLike) -> bool:
     """True for this machine's file systems (mounted ones too), False for `gs://` and the like."""
     return "://" not in os.fspath(path)
+
+
+def read_remote(path: epath.PathLike, offset: int, buffer: memoryview) -> int:
+    """Fills `buffer` from an object, by one request; bytes read, fewer than wanted only at its end.
+
+    Raises OSError for what the storage client gave up on.
+    """
+    system, name = _remote(path)
+    if not len(buffer):
+        return 0
+    with _remote_errors(path):
+        data = system.cat_file(name, start=offset, end=offset + len(buffer))
+    buffer[: len(data)] = data
+    return len(data)
+
+
+def remote_version(path: epath.PathLike) -> str:
+    """What changes whenever an object is written."""
+    system, name = _remote(path)
+    with _remote_errors(path):
+        system.invalidate_cache(name)
+        found = system.info(name)
+    return str([found.get(key) for key in ("generation", "etag", "size", "mtime")])
+
+
+def _remote(path: epath.PathLike) -> tuple[Any, str]:
+    """The storage client for a path, one for the process, and the path's name in it."""
+    import fsspec
+
+    return fsspec.core.url_to_fs(os.fspath(path))
+
+
+@contextlib.contextmanager
+def _remote_errors(path: epath.PathLike) -> Iterator[None]:
+    """Storage clients have exceptions of their own, which become OSErrors."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in _CLIENTS or isinstance(error, OSError):
+            raise
+        raise OSError(errno.EIO, f"{type(error).__name__}: {error}", os.fspath(path)) from error
+
+
+_CLIENTS = ("gcsfs", "aiohttp", "google")
 
 
 # Bytes after which a local disk is told to begin writing them. Left alone, Linux keeps up to a tenth of memory dirty and
@@ -320,9 +352,45 @@ def put_file(path: epath.Path, content: bytes) -> None:
 
 def put_whole(path: epath.Path, content: bytes) -> None:
     """A small file in place of what is there, at once: whoever looks finds the old one or the new one."""
+    if not is_local(path):
+        put_file(path, content)  # an object appears when all of it has come
+        return
     temporary = path.parent / (path.name + ".tmp")
     put_file(temporary, content)
     temporary.replace(path)
+
+
+class LinesFile:
+    """A text file that grows by lines. Buckets can't add to an object: there it is put anew, whole, by every flush."""
+
+    def __init__(self, path: epath.Path, text: str = ""):
+        """Begins with a text, in place of what is there."""
+        self._path = path
+        self._text = text
+        path.write_text(text)
+        self._handle = path.open("a") if is_local(path) else None
+
+    def write(self, line: str) -> None:
+        """Adds a line, with its end."""
+        if self._handle is not None:
+            self._handle.write(line)
+        else:
+            self._text += line
+
+    def flush(self) -> None:
+        """What was written is to be seen by others."""
+        if self._handle is not None:
+            self._handle.flush()
+        else:
+            put_file(self._path, self._text.encode())
+
+    def __enter__(self) -> LinesFile:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.flush()
+        if self._handle is not None:
+            self._handle.close()
 
 
 def sync(path: epath.PathLike) -> None:
@@ -338,9 +406,10 @@ def sync(path: epath.PathLike) -> None:
 
 @contextlib.contextmanager
 def naming(path: epath.PathLike) -> Iterator[None]:
-    """Errors of the disk get the name of the file."""
+    """Errors of the disk, or of the storage client, get the name of the file."""
     try:
-        yield
+        with _remote_errors(path):
+            yield
     except OSError as error:
         message = error.strerror or str(error)
         raise OSError(error.errno, message, os.fspath(path)) from error

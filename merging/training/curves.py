@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from merging.checkpoints.storage import LinesFile
 from merging.engine import hosts
 from merging.models.config import DecoderConfig
 
@@ -30,8 +31,7 @@ def metrics_files(folders: Mapping[str, epath.Path], *, after: int) -> Iterator[
                         with contextlib.suppress(json.JSONDecodeError):  # the last one may be cut
                             if json.loads(line)["step"] <= after:
                                 kept.append(line)
-                path.write_text("".join(kept))
-                files[name] = stack.enter_context(path.open("a"))
+                files[name] = stack.enter_context(LinesFile(path, "".join(kept)))
         yield files
 
 

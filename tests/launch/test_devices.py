@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import http.server
 import os
+import threading
 
 import jax
 import pytest
@@ -84,6 +86,93 @@ def test_the_number_of_virtual_devices_replaces_an_earlier_one(machine):
     assert added["JAX_PLATFORMS"] == "cpu"
     assert added["NPROC"] == "8"
     assert devices.virtual_devices(added) == 4
+
+
+def test_a_count_of_one_is_one_process_wherever_it_runs():
+    assert devices.processes(SLURM, count=1) == devices.Processes()
+
+
+SLURM = {
+    "SLURM_JOB_ID": "4100",
+    "SLURM_STEP_NODELIST": "node[007-009,012]",
+    "SLURM_NTASKS": "4",
+    "SLURM_PROCID": "2",
+    "SLURM_LOCALID": "0",
+}
+
+
+def test_slurm_says_who_takes_part(machine, monkeypatch: pytest.MonkeyPatch):
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    found = devices.processes(os.environ)
+    assert (found.count, found.index) == (4, 2)
+    assert found.coordinator == f"node007:{61440 + 4100 % 4096}"
+    alone = {name: value for name, value in SLURM.items() if name != "SLURM_STEP_NODELIST"}
+    assert devices.processes(alone) == devices.Processes()  # the script of a job, outside of srun
+
+
+def test_gke_says_who_takes_part(machine, monkeypatch: pytest.MonkeyPatch):
+    """Host 1 of slice 2 of 3, with two hosts each."""
+    machine(tpu=True, libtpu=True)
+    from jax._src.clusters import cloud_tpu_cluster
+
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    said = {
+        "TPU_WORKER_HOSTNAMES": "localhost,elsewhere",
+        "TPU_WORKER_ID": "1",
+        "MEGASCALE_COORDINATOR_ADDRESS": "localhost:8080",
+        "MEGASCALE_NUM_SLICES": "3",
+        "MEGASCALE_SLICE_ID": "2",
+    }
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    assert devices.processes(os.environ) == devices.Processes(
+        coordinator="localhost:8482", count=6, index=5
+    )
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert devices.processes(os.environ) == devices.Processes()
+
+
+class Metadata(http.server.BaseHTTPRequestHandler):
+    """What a TPU VM can ask for: worker 1 of the two of its slice."""
+
+    VALUES = {
+        "agent-worker-number": "1",
+        "worker-network-endpoints": "unused:0:127.0.0.1,unused:1:127.0.0.2",
+        "tpu-env": "ACCELERATOR_TYPE: 'v5litepod-8'\nMEGASCALE_NUM_SLICES: '1'\n",
+    }
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(self.VALUES[self.path.rpartition("/")[2]].encode())
+
+    def log_message(self, *args: object) -> None:
+        """Says nothing."""
+
+
+def test_a_tpu_vm_says_who_takes_part(machine, monkeypatch: pytest.MonkeyPatch):
+    machine(tpu=True, libtpu=True)
+    from jax._src.clusters import cloud_tpu_cluster
+
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Metadata) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("GCE_METADATA_IP", f"127.0.0.1:{server.server_port}")
+        for name in ("JAX_PLATFORMS", "TPU_SKIP_MDS_QUERY", "TPU_WORKER_HOSTNAMES"):
+            monkeypatch.delenv(name, raising=False)
+        found = devices.processes(os.environ)
+        server.shutdown()
+    assert found == devices.Processes(coordinator="127.0.0.1:8482", count=2, index=1)
+
+
+def test_a_cluster_that_can_not_be_read_is_an_error(machine, monkeypatch: pytest.MonkeyPatch):
+    for name, value in SLURM.items():
+        if name != "SLURM_PROCID":
+            monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="looks like a process of a Slurm cluster"):
+        devices.processes(os.environ)
 
 
 def test_processes_come_from_flags_else_from_the_environment():

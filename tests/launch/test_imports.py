@@ -114,6 +114,8 @@ def test_tasks_are_described_without_tensorflow(module: str):
         "launch.report",
         "launch.study",
         "launch.pod.local",
+        "launch.pod.tpu_vm",
+        "launch.pod.gke",
         "launch.tasks",
     ],
 )

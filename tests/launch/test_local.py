@@ -54,7 +54,7 @@ def test_processes_share_their_devices(processes: int, devices: int):
 def test_an_exception_in_one_process_ends_all_and_is_named():
     """Without `devices.start` the one that fails would wait for the other at exit, and the other for it."""
     with pytest.raises(
-        local.ProcessFailed, match="process 1 failed: exit code 1; all 2 were ended"
+        local.ProcessFailed, match="process 1 failed: exit code 70; all 2 were ended"
     ) as caught:
         run(
             JOIN

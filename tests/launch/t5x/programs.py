@@ -33,7 +33,7 @@ def run(
     more: Sequence[str] = (),
     processes: int = 1,
     virtual_devices: int = 8,
-    timeout_s: float = 900.0,
+    timeout_s: float = 3600.0,
 ) -> None:
     """Runs `t5x.train`, `t5x.eval` or `t5x.infer` to its end.
 

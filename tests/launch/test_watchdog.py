@@ -1,0 +1,310 @@
+"""Processes that meet, and those that fall silent: stopped, killed or cut off, they are named and all end."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from launch import exit_codes, watchdog
+from launch.pod import local
+
+# ---- the meeting, among threads -----------------------------------------------------------------------------------
+
+
+def meet(
+    *calls: tuple[int, int], timeout_s: float = 30.0, address: str | None = None
+) -> list[list[socket.socket] | Exception]:
+    """What `watchdog.meet` gave to each (count, index)."""
+    coordinator = address or f"127.0.0.1:{local.free_port()}"
+
+    def one(count: int, index: int) -> list[socket.socket] | Exception:
+        try:
+            return watchdog.meet(coordinator, count=count, index=index, timeout_s=timeout_s)
+        except Exception as error:
+            return error
+
+    with concurrent.futures.ThreadPoolExecutor(len(calls)) as pool:
+        return [done.result() for done in [pool.submit(one, *call) for call in calls]]
+
+
+def close(*answers: list[socket.socket] | Exception) -> None:
+    for answer in answers:
+        assert isinstance(answer, list), answer
+        for connection in answer:
+            connection.close()
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
+def test_all_meet(order: tuple[int, ...]):
+    answers = meet(*((3, index) for index in order))
+    assert sorted(len(answer) for answer in answers) == [1, 1, 2]
+    close(*answers)
+
+
+def test_who_is_missing_is_told_to_all():
+    answers = meet((4, 0), (4, 2), timeout_s=0.5)
+    for answer in answers:
+        assert isinstance(answer, watchdog.PeersMissing)
+        assert str(answer).startswith("processes 1, 3 of 4 did not come within 0 s")
+
+
+def test_without_process_0_that_is_said():
+    [answer] = meet((2, 1), timeout_s=0.3)
+    assert isinstance(answer, watchdog.PeersMissing)
+    assert "process 0 did not answer at 127.0.0.1:" in str(answer)
+
+
+def test_different_counts_are_an_error_to_all():
+    for answer in meet((3, 0), (2, 1)):
+        assert isinstance(answer, ValueError)
+        assert "process 0 was started as one of 3 processes, and process 1 as one of 2" in str(
+            answer
+        )
+
+
+def test_strangers_and_the_restarted_do_not_disturb():
+    port = local.free_port()
+    ready = threading.Thread(
+        target=lambda: answers.extend(meet((3, 0), address=f"127.0.0.1:{port}"))
+    )
+    answers: list[list[socket.socket] | Exception] = []
+    ready.start()
+
+    def connect(said: bytes) -> socket.socket:
+        while True:
+            with contextlib.suppress(ConnectionRefusedError):
+                connection = socket.create_connection(("127.0.0.1", port))
+                connection.sendall(said)
+                return connection
+
+    stranger = connect(b"GET / HTTP/1.1\r\n\r\n")
+    earlier = connect(json.dumps({"count": 3, "index": 1}).encode() + b"\n")
+    earlier.close()
+    close(*meet((3, 1), (3, 2), address=f"127.0.0.1:{port}"))
+    ready.join()
+    assert [len(answer) for answer in answers] == [2]
+    close(*answers)
+    stranger.close()
+
+
+def test_process_0_without_a_sign_of_life_is_named(capsys: pytest.CaptureFixture[str]):
+    here, there = socket.socketpair()
+    told = threading.Event()
+
+    class Stream:
+        def write(self, text: str) -> None:
+            lines.append(text)
+            told.set()
+
+        def flush(self) -> None:
+            pass
+
+    lines: list[str] = []
+    with contextlib.redirect_stderr(Stream()):
+        watching = threading.Thread(
+            target=watchdog._await_signs, args=([here], "Process 2 of 4", 0.1)
+        )
+        watching.start()
+        there.sendall(b"..")
+        assert told.wait(30)
+    there.close()
+    watching.join()
+    here.close()
+    assert lines[0].startswith("Process 2 of 4: process 0 has given no sign of life for 0 s")
+
+
+# ---- processes ----------------------------------------------------------------------------------------------------
+
+COUNT = 3
+LIMIT_S = 10  # of heartbeats here
+PATIENCE_S = 120  # a guard against a hang; nothing waits for it
+
+# Like a stage between two collectives, for ever.
+STAGE = f"""
+import os, sys, threading
+from launch import devices
+joined = devices.processes(os.environ)
+devices.start(joined, timeout_s=90, heartbeat_timeout_s={LIMIT_S})
+import jax.numpy as jnp
+from jax.experimental import multihost_utils
+multihost_utils.sync_global_devices("all are here")
+sys.stdout.write("ready\\n")
+sys.stdout.flush()
+COLLECTIVE = False
+while True:
+    if COLLECTIVE:
+        multihost_utils.process_allgather(jnp.float32(0))
+    threading.Event().wait(0.1)
+"""
+
+
+class Job:
+    """Processes that run STAGE, and what they wrote after they had met."""
+
+    def __init__(self, *, code: str = STAGE, coordinators: dict[int, str] | None = None):
+        environments = local.job_environments(None, processes=COUNT, devices=1)
+        self.address = environments[0]["MERGING_COORDINATOR"]
+        for index, coordinator in (coordinators or {}).items():
+            environments[index]["MERGING_COORDINATOR"] = coordinator
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", code],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for environment in environments
+        ]
+        for process in self.processes:
+            assert any(line == "ready\n" for line in process.stdout), "it did not start"
+
+    def ends(self, *, but: int) -> dict[int, tuple[int, str]]:
+        """Exit code and last words of all but one, when they have ended."""
+        return {
+            index: (process.wait(PATIENCE_S), process.stdout.read())
+            for index, process in enumerate(self.processes)
+            if index != but
+        }
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+
+
+@pytest.fixture
+def jobs() -> Iterator[Callable[..., Job]]:
+    made: list[Job] = []
+
+    def make(**arguments: object) -> Job:
+        made.append(Job(**arguments))
+        return made[-1]
+
+    yield make
+    for job in made:
+        job.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("victim", "number", "has_collectives"),
+    [
+        (0, signal.SIGSTOP, False),
+        (0, signal.SIGKILL, False),
+        (1, signal.SIGSTOP, True),
+        (1, signal.SIGKILL, True),
+        (1, signal.SIGKILL, False),
+    ],
+)
+def test_a_silent_process_ends_all_and_is_named(
+    jobs, victim: int, number: int, has_collectives: bool
+):
+    code = STAGE.replace("COLLECTIVE = False", f"COLLECTIVE = {has_collectives}")
+    job = jobs(code=code)
+    job.processes[victim].send_signal(number)
+    for returncode, words in job.ends(but=victim).values():
+        assert returncode in (-signal.SIGABRT, exit_codes.BROKEN)
+        if victim:  # jax's words
+            assert "unhealthy (stopped sending heartbeats):\n1\n" in words
+        elif number == signal.SIGKILL:
+            assert "leader task was preempted/died/restarted" in words
+        else:
+            assert "process 0 has given no sign of life for 6 s; after 10 s the job ends" in words
+
+
+class Proxy:
+    """Hands bytes on between a process and its coordinator, until it is cut."""
+
+    def __init__(self) -> None:
+        self.address = f"127.0.0.1:{local.free_port()}"
+        self.target: str | None = None
+        self._server = socket.create_server(("127.0.0.1", int(self.address.rpartition(":")[2])))
+        self._pairs: list[tuple[socket.socket, socket.socket]] = []
+        self._is_cut = threading.Event()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut(self) -> None:
+        """Whatever comes later is swallowed: nobody is told that the line is dead."""
+        self._is_cut.set()
+
+    def close(self) -> None:
+        self._server.close()
+        for pair in self._pairs:
+            for end in pair:
+                end.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                here, _ = self._server.accept()
+                host, _, port = self.target.rpartition(":")
+                try:
+                    there = socket.create_connection((host, int(port)))
+                except ConnectionRefusedError:
+                    here.close()
+                    continue
+                self._pairs.append((here, there))
+                threading.Thread(target=self._hand_on, args=(here, there), daemon=True).start()
+
+    def _hand_on(self, here: socket.socket, there: socket.socket) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            while True:
+                for ready in select.select([here, there], [], [])[0]:
+                    data = ready.recv(65536)
+                    if not data:
+                        here.close()
+                        there.close()
+                        return
+                    if not self._is_cut.is_set():
+                        (there if ready is here else here).sendall(data)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_cut_off_ends_all_and_is_named(monkeypatch):
+    proxy = Proxy()
+    port = local.free_port()
+    monkeypatch.setattr(local, "free_port", lambda: port)
+    proxy.target = f"127.0.0.1:{port}"
+    job = Job(coordinators={2: proxy.address})
+    try:
+        proxy.cut()
+        ended = job.ends(but=-1)
+    finally:
+        job.close()
+        proxy.close()
+    for index in (0, 1):
+        assert "unhealthy (stopped sending heartbeats):\n2\n" in ended[index][1]
+    assert "process 0 has given no sign of life" in ended[2][1]
+
+
+@pytest.mark.slow
+def test_a_process_that_never_comes_is_named_and_all_end():
+    code = STAGE.replace("timeout_s=90", "timeout_s=5")
+    environments = local.job_environments(dict(os.environ), processes=3, devices=1)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env=each,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for each in (environments[0], environments[2])
+    ]
+    for process in processes:
+        words = process.communicate(timeout=PATIENCE_S)[0]
+        assert process.returncode == exit_codes.BROKEN
+        assert "process 1 of 3 did not come within 5 s: see in their logs why" in words
