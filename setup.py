@@ -59,16 +59,14 @@ PEERS = [
     "lm-eval[hf]==0.4.13",
 ]
 
-# T5X and two of its imports are in no package index, or in one only as a release that no longer imports. airio's own
-# requirements pin an old grain and tfds-nightly: where that conflicts, install it with --no-deps.
+# What T5X, airio and jestimator import, which are in no package index: they are installed beside this extra from their
+# repositories, at the commits of launch/t5x/requirements.txt, with --no-deps. With these versions they were seen to work.
 T5X = [
-    "t5x @ git+https://github.com/google-research/t5x",
-    "airio @ git+https://github.com/google/airio",
-    "jestimator @ git+https://github.com/google-research/jestimator",  # 0.3.3 imports what jax has removed
-    "grain",
-    "clu",
-    "cached_property",
-    "fiddle",
+    "grain>=0.2.18",  # airio pins 0.2.12
+    "clu>=0.0.12",
+    "cached_property>=2.0",
+    "fiddle>=0.3.1",
+    "tensorboard>=2.21.0",
 ]
 
 setup(
@@ -86,7 +84,7 @@ setup(
     ),
     package_data={
         "gin_configs": ["**/*.gin"],
-        "launch": ["*.sh", "**/*.sh"],
+        "launch": ["*.sh", "**/*.sh", "t5x/requirements.txt"],
         "merging": ["**/*.css", "**/*.js"],
     },
     install_requires=INSTALL_REQUIRES,

@@ -11,7 +11,8 @@ The same by gin, where everything can be set (gin_configs/runs/convert.gin lists
   python -m launch.convert --gin_file=gin_configs/runs/convert.gin --gin.INPUT='"/data/model"' \
     --gin.OUTPUT_DTYPE='"bfloat16"' --gin.OUTPUT_DIR='"/data/model_bfloat16"'
 
-The same command again returns at once where the output is done, and --dry_run checks the input and prints the plan.
+The same command again returns at once where the output is done, and goes on where an earlier one was killed or failed.
+--dry_run checks the input and prints the plan.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def convert(resolved: gin_config.Resolved, *, is_dry_run: bool = False) -> Repor
         planned.close()
         return None
     with progress.Progress() as shown:
-        report = stage.run(planned, config_text=resolved.text, progress=shown)
+        report = stage.run(planned, config_text=resolved.text, progress=shown, log=shown.log)
     print(report.describe(), flush=True)
     return report
 

@@ -16,7 +16,8 @@ Many merges from one read, each into its own folder below the output:
 What a YAML file of mergekit says, as far as the methods are here (merging/mergekit.py says how):
   python -m launch.merge --mergekit_config=merge.yml --output=/data/merged
 
-The same command again returns at once where the output is done, and --dry_run checks the inputs and prints the plan.
+The same command again returns at once where the output is done, and goes on where an earlier one was killed or failed.
+--dry_run checks the inputs and prints the plan.
 """
 
 from __future__ import annotations

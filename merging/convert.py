@@ -1,7 +1,8 @@
 """The convert stage: one checkpoint in another format, layout or float type, with the same numbers.
 
 Pieces are read and written by several threads, so memory does not grow with the model. Without an output type
-every element keeps its bits. The output appears whole or not at all, with a manifest, as that of a merge.
+every element keeps its bits. The output appears whole or not at all, with a manifest, and what a run that was killed has
+finished is gone on with, as that of a merge.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from merging.checkpoints.huggingface import read_config
 from merging.checkpoints.known_layouts import named_layout
 from merging.checkpoints.layout_reader import LayoutReader
 from merging.checkpoints.layouts import Layout
-from merging.engine.output import Output
+from merging.engine import journal
+from merging.engine.journal import Journal
+from merging.engine.output import Outputs
 from merging.engine.pieces import Piece, copied_tensor, piece_limit, pieces_of
 from merging.engine.plan import OUTPUT_DTYPES, check_format, size_text, stored_as
 from merging.engine.resources import PeakResident
@@ -167,13 +170,15 @@ def convert(
     *,
     config_text: str = "",
     progress: Progress | None = None,
+    log: Callable[[str], None] | None = None,
 ) -> Report:
     """Plans and does a conversion.
 
     Raises ValueError for everything that is wrong with settings and input, OSError for what fails on the way; nothing has
-    appeared under the output's name then. A second call with the same settings and input returns at once.
+    appeared under the output's name then. A second call with the same settings and input returns at once; one after a call that
+    was killed or failed goes on from there.
     """
-    return run(plan(settings), config_text=config_text, progress=progress)
+    return run(plan(settings), config_text=config_text, progress=progress, log=log)
 
 
 def plan(settings: Settings) -> Plan:
@@ -243,23 +248,29 @@ def plan(settings: Settings) -> Plan:
     return planned
 
 
-def run(planned: Plan, *, config_text: str = "", progress: Progress | None = None) -> Report:
+def run(
+    planned: Plan,
+    *,
+    config_text: str = "",
+    progress: Progress | None = None,
+    log: Callable[[str], None] | None = None,
+) -> Report:
     """Does what was planned and closes the plan's reader; errors as `convert`."""
     started = time.perf_counter()
     peak = PeakResident()
-    with contextlib.closing(planned):
-        if not planned.is_done:
-            staging = manifest.Staging(planned.output)
-            staging.create(planned.identity)
-            try:
-                written = _write(planned, staging.folder, peak, progress or (lambda *_: None))
-                if planned.model is not None:
-                    model_file.write_along(
-                        staging.folder,
-                        planned.model,
-                        dtype=planned.settings.output_dtype,
-                        stacked=planned.stacked,
-                    )
+    was_done = planned.is_done
+    with (
+        contextlib.closing(planned),
+        contextlib.closing(manifest.Staging(planned.output)) as staging,
+    ):
+        was_done = was_done or staging.is_whole(planned.identity)
+        if not was_done:
+            staging.resume(planned.identity, if_there=journal.file_of(staging.folder, 0))
+            log = log or (lambda _: None)
+            with journal.kept(
+                staging, planned.identity, [planned.reader], limit=planned.limit, log=log
+            ) as kept:
+                written = _write(planned, staging, kept, peak, progress or (lambda *_: None), log)
                 seconds = round(time.perf_counter() - started, 3)
                 staging.commit(
                     {
@@ -270,49 +281,67 @@ def run(planned: Plan, *, config_text: str = "", progress: Progress | None = Non
                         "peak_resident_bytes": peak.nbytes,
                     }
                 )
-            except BaseException:
-                staging.discard()
-                raise
     peak.look()
     return Report(
         output=planned.output,
         seconds=time.perf_counter() - started,
-        nbytes=0 if planned.is_done else planned.nbytes,
+        nbytes=0 if was_done else planned.nbytes,
         peak_resident_bytes=peak.nbytes,
-        was_done=planned.is_done,
+        was_done=was_done,
     )
 
 
 def _write(
-    planned: Plan, folder: epath.Path, peak: PeakResident, progress: Progress
+    planned: Plan,
+    staging: manifest.Staging,
+    kept: Journal,
+    peak: PeakResident,
+    progress: Progress,
+    log: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Writes all leaves; returns what the manifest says of them."""
-    with _writer(planned, folder) as writer:
-        output = Output(writer)
+    """Writes all leaves, and what goes along; returns what the manifest says of them."""
+    with _writer(planned, staging.folder, is_resumed=kept.is_resumed) as writer:
+        outputs = Outputs({"": writer}, kept)
+
+        def pieces() -> Iterator[Piece]:
+            for name in writer.names_mine:
+                yield from pieces_of(copied_tensor(planned.specs[name]), kept.limit)
+
+        there = outputs.look(pieces())
+        if there.finished:
+            log(f"resuming: {there.finished:,} of {there.pieces:,} pieces are there")
+        total = int(planned.nbytes * (1 - there.share))
 
         def report() -> None:
             peak.look()
-            progress("convert", output.nbytes, planned.nbytes)
+            kept.flush_now_and_then()
+            progress("convert", outputs.nbytes, total)
 
-        work_on(
-            (
-                piece
-                for name in writer.names_mine
-                for piece in pieces_of(copied_tensor(planned.specs[name]), planned.limit)
-            ),
-            lambda piece: output.put(piece, _read(planned, piece)),
-            lambda _: None,
-            workers=planned.workers,
-            while_running=report,
-        )
+        def work(piece: Piece) -> None:
+            if outputs.keep(piece) is None:
+                outputs.put(piece, [_read(planned, piece)])
+
+        work_on(pieces(), work, lambda _: None, workers=planned.workers, while_running=report)
+        kept.flush()
         planned.reader.check_unchanged()
         writer.commit()
-        return {"checksums": output.checksums}
+    if planned.model is not None:
+        model_file.write_along(
+            staging.folder,
+            planned.model,
+            dtype=planned.settings.output_dtype,
+            stacked=planned.stacked,
+        )
+    return {
+        "checksums": outputs.each[""].checksums,
+        "pieces": outputs.pieces,
+        "pieces_resumed": outputs.kept,
+    }
 
 
 @contextlib.contextmanager
-def _writer(planned: Plan, folder: epath.Path) -> Iterator[Writer]:
-    """The writer of the output's format; what it wrote is removed if anything fails."""
+def _writer(planned: Plan, folder: epath.Path, *, is_resumed: bool) -> Iterator[Writer]:
+    """The writer of the output's format; what it wrote stays if anything fails."""
     writer = open_writer(
         planned.format,
         folder,
@@ -321,11 +350,12 @@ def _writer(planned: Plan, folder: epath.Path) -> Iterator[Writer]:
         carry_from=planned.folder,
         shard_bytes=planned.settings.shard_bytes,
         dtype=planned.settings.output_dtype,
+        is_resumed=is_resumed,
     )
     try:
         yield writer
     except BaseException:
-        writer.abort()
+        writer.close()
         raise
 
 

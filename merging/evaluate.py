@@ -6,6 +6,7 @@ behind the last task that was whole: the lines are then those of a run that was 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -217,9 +218,20 @@ def run(
     output = epath.Path(settings.output_dir)
     if manifest.is_done(output, planned.identity):
         return Report(scores=ScoresFile(output / SCORES).scores, was_done=True)
+    with contextlib.closing(manifest.Staging(output)) as staging:
+        return _run(planned, staging, config_text, progress, log)
+
+
+def _run(
+    planned: Plan,
+    staging: manifest.Staging,
+    config_text: str,
+    progress: Progress,
+    log: Callable[[str], None],
+) -> Report:
+    settings = planned.settings
     started = time.monotonic()
     is_main = hosts.is_main()
-    staging = manifest.Staging(output)
     if is_main and staging.resume(planned.identity):
         log(f"goes on from {staging.folder}")
     hosts.wait_for_all("staged")
@@ -260,7 +272,7 @@ def run(
             | {"config": config_text, "examples": total, "ties": ties}
         )
     hosts.wait_for_all("committed")
-    scores = file.scores if is_main else ScoresFile(output / SCORES).scores
+    scores = file.scores if is_main else ScoresFile(staging.output / SCORES).scores
     return Report(scores=scores, ties=ties, examples=examples, seconds=time.monotonic() - started)
 
 

@@ -31,11 +31,11 @@ from merging.training.feed import Feed, Placement
 from merging.training.initial import initial_params
 from merging.training.loop import Loop, Progress, Schedule, Seconds, Values
 from merging.training.planning import Plan, plan
-from merging.training.settings import Mixture, Settings
+from merging.training.settings import Mixture, Optimizer, Settings
 from merging.training.step import TrainState
 from merging.training.trainer import Trainer, recipe, trainer
 
-__all__ = ["Mixture", "Plan", "Report", "Settings", "plan", "run"]
+__all__ = ["Mixture", "Optimizer", "Plan", "Report", "Settings", "plan", "run"]
 
 CHECKPOINTS = "checkpoints"
 
@@ -141,10 +141,17 @@ class _Run:
         plan = self.plan
         if plan.is_done:
             return self._report(was_done=True)
-        staging = manifest.Staging(plan.output)
-        if hosts.is_main():
-            staging.resume(plan.identity)
-        hosts.wait_for_all("staging is there")
+        with contextlib.closing(manifest.Staging(plan.output)) as staging:
+            was_whole = hosts.is_main() and staging.is_whole(plan.identity)
+            if hosts.is_main() and not was_whole:
+                staging.resume(plan.identity)
+            was_whole = hosts.of_main(was_whole)
+            if not was_whole:
+                self._run(staging)
+        return self._report(was_done=was_whole)
+
+    def _run(self, staging: manifest.Staging) -> None:
+        plan = self.plan
         self.base = initial_params(
             self.settings.initial_checkpoint_path,
             plan.config,
@@ -169,7 +176,6 @@ class _Run:
                 record["experts"] = list(plan.mixtures)
             staging.commit(record)
         hosts.wait_for_all("output is there")
-        return self._report(was_done=False)
 
     # ---- one group of experts --------------------------------------------------------------------------------------
 

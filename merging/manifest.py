@@ -9,6 +9,8 @@ and whole, is what makes an output of them.
 from __future__ import annotations
 
 import datetime
+import errno
+import fcntl
 import functools
 import hashlib
 import importlib.metadata
@@ -16,20 +18,24 @@ import json
 import os
 import pathlib
 import platform
+import re
 import shutil
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 from etils import epath
 
+from merging.checkpoints.format import UNFINISHED_FILE
 from merging.checkpoints.safetensors_header import load_json, show
-from merging.checkpoints.storage import is_local, put_whole, small_file, sync
+from merging.checkpoints.storage import is_local, put_file, put_whole, small_file, sync
 
 MANIFEST = "manifest.json"
-MARKER = (
-    "unfinished.json"  # in a staging folder from its first moment: shows that it is ours to remove
-)
+# In a staging folder from its first moment: shows that it is ours to go on with, or to remove.
+MARKER = UNFINISHED_FILE
+JOURNALS = "journal.*.jsonl"  # beside it; see `engine.journal`
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # what file systems without locks say
+_DIGEST = re.compile("[0-9a-f]{64}")
 LIBRARIES = ("jax", "jaxlib", "numpy", "ml_dtypes", "tensorstore", "orbax-checkpoint")
 
 _OBJECTS = ("identity", "environment", "inputs", "checksums", "merges")  # what is read again
@@ -41,13 +47,17 @@ class OutputError(ValueError):
 
 
 class Staging:
-    """An output folder in the making.
+    """An output folder in the making; one run at a time holds it, from `create` or `resume` on.
 
     Args:
       output: the folder to be; must not exist, its parent is made if need be.
 
     Attributes:
       folder: where to put the files until `commit`.
+
+    What holds it is a lock (flock) on the marker, which the kernel lets go of when the process ends, however it ends. File
+    systems without locks, and buckets, have none: there nothing stops two runs on one output, and the one that
+    commits last is told that the output has appeared.
     """
 
     def __init__(self, output: epath.PathLike):
@@ -57,53 +67,124 @@ class Staging:
             if is_local(self.output)
             else self.output
         )
+        self._lock: BinaryIO | None = None
 
     def create(self, what: Mapping[str, Any]) -> None:
         """Makes the folder, in place of what an earlier run of ours left unfinished; `what` says what will be in it.
 
-        Raises OutputError if something else is in the way or the place can't be written to.
+        Raises OutputError if something else is in the way, another run is at work there, or the place can't be written to.
         """
-        if self.folder.exists():
-            if not (self.folder / MARKER).exists():
-                raise OutputError(
-                    f"{self.folder} is in the way: output is staged there, and what it holds was not put there by this"
-                    " program; move it away or choose another OUTPUT_DIR"
-                )
-            self.folder.rmtree()
-        try:
-            self.folder.mkdir(parents=True)
-            (self.folder / MARKER).write_text(json.dumps(what, indent=1))
-        except OSError as error:
-            raise OutputError(
-                f"can't write to {self.output.parent}: {error.strerror or error} ({error.filename}); choose an OUTPUT_DIR"
-                " whose parent is a folder that you may write to"
-            ) from error
+        self._hold()
+        self._clear()
+        self._mark(what)
 
-    def resume(self, what: Mapping[str, Any]) -> bool:
+    def resume(self, what: Mapping[str, Any], *, if_there: epath.Path | None = None) -> bool:
         """As `create`, but what an earlier run left unfinished on the way to the same output stays; whether there was any.
 
-        Raises OutputError if it was on the way to another one.
+        `if_there`: a file without which there is nothing to go on with. Raises OutputError if it was on the way to another
+        output.
         """
-        marker = self.folder / MARKER
-        if not marker.exists():
+        self._hold()
+        then = self._marked()
+        if then is None or (if_there is not None and not if_there.exists()):
             self.create(what)
             return False
-        try:
-            then = load_json(small_file(marker, _MAX_MANIFEST_BYTES), MARKER)
-        except ValueError as error:
-            raise OutputError(f"{marker} can't be read: {error}; remove {self.folder}") from error
-        if digest(then) != digest(what):
-            different = sorted(k for k in {*then, *what} if then.get(k) != what.get(k))
+        refuse_other(self.folder, then, what)
+        return True
+
+    def is_whole(self, what: Mapping[str, Any]) -> bool:
+        """Whether the output is there but for its name, since the run that made it was killed in `commit`; gives it its name.
+
+        Raises OutputError as `create`, and where another output is so.
+        """
+        if (self.folder / MARKER).exists():
+            self._hold()
+        # Else no lock: of two that rename, one finds it done.
+        found = read(self.folder)
+        if found is None:
+            return False
+        if found.get("identity_digest") != digest(what):
             raise OutputError(
-                f"{self.folder} holds a run that was not finished and differs in {', '.join(different)}: go on with its"
-                " settings, choose another OUTPUT_DIR, or remove it to begin anew"
+                f"{self.folder} holds the output of another run, whole but for its name: rename it to {self.output} or"
+                " remove it"
             )
+        self._publish()
         return True
 
     def commit(self, manifest: Mapping[str, Any]) -> None:
         """Writes the manifest, then gives the folder its name."""
         write(self.folder, manifest)
-        (self.folder / MARKER).unlink()
+        self._publish()
+
+    def discard(self) -> None:
+        """Removes the staging folder, if something unfinished is there."""
+        if (self.folder / MARKER).exists():
+            self._clear()
+            (self.folder / MARKER).unlink(missing_ok=True)
+            self.folder.rmdir()
+            self.close()
+
+    def close(self) -> None:
+        """Lets go of the folder, which stays."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _hold(self) -> None:
+        """Makes the folder and its marker where they are not there, and takes the lock."""
+        if self._lock is not None:
+            return
+        marker = self.folder / MARKER
+        if self.folder.exists() and not marker.exists():
+            if any(self.folder.iterdir()):  # an empty one is of a run that was killed here
+                raise OutputError(
+                    f"{self.folder} is in the way: output is staged there, and what it holds was not put there by this"
+                    " program; move it away or choose another OUTPUT_DIR"
+                )
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not is_local(self.folder):
+                if not marker.exists():
+                    marker.write_text("")
+                return
+            self._lock = marker.open("ab")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise OutputError(
+                f"another run is at work in {self.folder}: wait until it ends, or choose another OUTPUT_DIR"
+            ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                self.close()
+                raise OutputError(
+                    f"can't write to {self.output.parent}: {error.strerror or error} ({error.filename}); choose an"
+                    " OUTPUT_DIR whose parent is a folder that you may write to"
+                ) from error
+        if self.output.exists() or not _is_at(self._lock, marker):
+            # It ended between a look and the lock, and may have given the folder its name.
+            self.close()
+            raise OutputError(f"another run has just ended in {self.folder}: run the command again")
+
+    def _mark(self, what: Mapping[str, Any]) -> None:
+        put_file(self.folder / MARKER, json.dumps(what, indent=1).encode())
+
+    def _marked(self) -> Any:
+        """What the marker says; None where a run was stopped before it was whole, and so before anything else was there."""
+        try:
+            return load_json(small_file(self.folder / MARKER, _MAX_MANIFEST_BYTES), MARKER)
+        except ValueError:
+            return None
+
+    def _clear(self) -> None:
+        """Removes all but the marker, which goes last: what lies in a folder without one is not ours."""
+        for path in list(self.folder.iterdir()):
+            if path.name != MARKER:
+                path.rmtree() if path.is_dir() else path.unlink()
+
+    def _publish(self) -> None:
+        for path in (*self.folder.glob(JOURNALS), self.folder / MARKER):
+            path.unlink(missing_ok=True)
         if not is_local(self.output):
             return
         sync(self.folder)
@@ -113,11 +194,47 @@ class Staging:
             )
         self.folder.rename(self.output)
         sync(self.output.parent)
+        self.close()
 
-    def discard(self) -> None:
-        """Removes the staging folder, if it is there."""
-        if (self.folder / MARKER).exists():
-            self.folder.rmtree()
+
+def _is_at(handle: BinaryIO, path: epath.Path) -> bool:
+    """Whether an open file is the one that has this name now."""
+    return path.exists() and os.path.samestat(os.fstat(handle.fileno()), os.stat(path))
+
+
+def refuse_other(folder: epath.Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises OutputError, with all that differs, if what lies unfinished in a staging folder is of another run."""
+    if digest(then) != digest(now):
+        raise OutputError(
+            f"{folder} holds the unfinished output of another run, which differs: "
+            + "; ".join(differences(then, now))
+            + ". Nothing of it is taken over: go on with what it was begun with, choose another OUTPUT_DIR, or remove"
+            f" {folder} to begin anew"
+        )
+
+
+def differences(then: Any, now: Any, name: str = "") -> list[str]:
+    """What differs between two JSON values, in words: `seed was 0, is 1`."""
+    if isinstance(then, Mapping) and isinstance(now, Mapping):
+        keys = dict.fromkeys([*then, *now])
+        return [
+            line
+            for key in keys
+            for line in differences(then.get(key), now.get(key), f"{name}.{key}" if name else key)
+        ]
+    if isinstance(then, list | tuple) and isinstance(now, list | tuple) and len(then) == len(now):
+        pairs = enumerate(zip(then, now, strict=True))
+        return [line for i, (a, b) in pairs for line in differences(a, b, f"{name}[{i}]")]
+    if then == now:
+        return []
+    if all(isinstance(each, str) and _DIGEST.fullmatch(each) for each in (then, now)):
+        return [f"{name} has changed"]
+    return [f"{name} was {_brief(then)}, is {_brief(now)}"]
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def write(folder: epath.PathLike, manifest: Mapping[str, Any]) -> None:
@@ -189,12 +306,21 @@ def check_apart(output: epath.Path, inputs: Sequence[epath.PathLike]) -> None:
 
 
 def check_free_space(output: epath.Path, nbytes: int) -> None:
-    """Raises OutputError if the disk is too full for the output (local paths; a bucket has no end)."""
+    """Raises OutputError if the disk is too full for the output (local paths; a bucket has no end).
+
+    What an unfinished run left of it has its room already.
+    """
     place = output
     while not os.path.isdir(place):
         if place == place.parent:
             return
         place = place.parent
+    left = os.fspath(Staging(output).folder)
+    nbytes -= sum(
+        os.lstat(os.path.join(folder, file)).st_blocks * 512
+        for folder, _, files in os.walk(left)
+        for file in files
+    )
     free = shutil.disk_usage(place).free
     if free < nbytes:
         raise OutputError(

@@ -1,6 +1,8 @@
 """The merge stage: base + N experts -> merged checkpoints, disk to disk, all methods from one read.
 
-Everything is checked before the first byte is written (`engine.plan`); the output appears whole or not at all.
+Everything is checked before the first byte is written (`engine.plan`); the output appears whole or not at all. What a run
+that was killed or failed has finished stays beside the output (`manifest.Staging`, `engine.journal`), and the same command goes
+on from there.
 """
 
 from __future__ import annotations
@@ -19,10 +21,11 @@ from etils import epath
 
 from merging import manifest
 from merging.checkpoints import open_writer
-from merging.checkpoints.format import LeafSpec
-from merging.engine import hosts
+from merging.checkpoints.format import LeafSpec, Writer
+from merging.engine import hosts, journal
 from merging.engine.groups import group_by_scale
-from merging.engine.output import Output, is_finite
+from merging.engine.journal import Journal
+from merging.engine.output import Outputs, is_finite
 from merging.engine.pieces import Piece, Tensor, copied_tensor
 from merging.engine.plan import Plan, Settings, plan, size_text
 from merging.engine.resources import PeakResident
@@ -53,6 +56,7 @@ class Report:
       storage_seconds: what the same reads and writes took by themselves, spread over the workers.
       peak_resident_bytes: highest RssAnon + RssShmem seen.
       reads: how often all inputs were read.
+      pieces, pieces_resumed: of the output, by this host, and how many of them an earlier run had finished.
       was_done: nothing was done, the output was there.
     """
 
@@ -64,6 +68,8 @@ class Report:
     storage_seconds: float
     peak_resident_bytes: int
     reads: int
+    pieces: int
+    pieces_resumed: int
     was_done: bool
 
     def describe(self) -> str:
@@ -72,9 +78,15 @@ class Report:
         if self.was_done:
             return f"done before: {where}"
         share = self.storage_seconds / self.seconds if self.seconds else 0.0
+        resumed = (
+            [f"resumed    {self.pieces_resumed:,} of {self.pieces:,} pieces were there"]
+            if self.pieces_resumed
+            else []
+        )
         return "\n".join(
             [
                 f"written    {where}",
+                *resumed,
                 f"time       {self.seconds:.2f} s, {self.reads} reads of the inputs",
                 f"bytes      {size_text(self.bytes_read)} read (and {size_text(self.bytes_sampled)} sampled),"
                 f" {size_text(self.bytes_written)} written,"
@@ -99,7 +111,8 @@ def merge_checkpoints(
       settings: the fields of `engine.plan.Settings`; base, experts, output_dir and method (or methods) are needed.
 
     Returns:
-      What was done. A second call with the same arguments and inputs returns at once.
+      What was done. A second call with the same arguments and inputs returns at once; one after a call that was killed or
+      failed goes on from there.
 
     Raises ValueError for everything that is wrong with arguments and inputs, OSError for what fails on the way; nothing
     has appeared under the output's name then.
@@ -148,41 +161,54 @@ class _Run:
         self.commit_seconds = 0.0
         self.written = 0
         self.reads = 0
+        self.pieces = self.pieces_resumed = 0
+        self.journal: Journal
 
     def run(self, config_text: str) -> Report:
         plan = self.plan
         if plan.is_done:
             return self._report(was_done=True)
-        staging = manifest.Staging(plan.output)
-        if hosts.is_main():
-            staging.create(plan.identity)
-        hosts.wait_for_all("staging is there")
-        try:
+        with contextlib.closing(manifest.Staging(plan.output)) as staging:
+            was_whole = hosts.of_main(hosts.is_main() and self._begin(staging))
+            if not was_whole:
+                self._run(staging, config_text)
+        return self._report(was_done=was_whole)
+
+    def _begin(self, staging: manifest.Staging) -> bool:
+        """Makes the staging folder, with what can be gone on with; whether the output is there but for its name."""
+        if staging.is_whole(self.plan.identity):
+            return True
+        staging.resume(self.plan.identity, if_there=journal.file_of(staging.folder, 0))
+        return False
+
+    def _run(self, staging: manifest.Staging, config_text: str) -> None:
+        plan = self.plan
+        identity = {**plan.identity, "outputs": list(plan.merges)}  # the order of checksums
+        inputs = (plan.base, *plan.experts)
+        with journal.kept(
+            staging, identity, inputs, limit=plan.limit, log=self.log
+        ) as self.journal:
+            self.stream.limit = self.journal.limit
             with self._opened(staging.folder) as outputs:
-                writer = next(iter(outputs.values())).writer
+                writer = next(iter(outputs.each.values())).writer
                 mine = [plan.base_specs[name] for name in writer.names_mine]
                 surveys = self._survey(mine)
                 statistics = self._merge(mine, surveys, outputs)
-                for reader in (plan.base, *plan.experts):
+                for reader in inputs:
                     reader.check_unchanged()
                 self._commit_weights(outputs)
             self._finish(staging, outputs, statistics, config_text)
-        except BaseException:
-            if jax.process_count() == 1:
-                staging.discard()
-            raise
-        return self._report(was_done=False)
 
     @contextlib.contextmanager
-    def _opened(self, folder: epath.Path) -> Iterator[dict[str, Output]]:
-        """One output per merge, each with this host's leaves; what was written is removed if anything fails."""
+    def _opened(self, folder: epath.Path) -> Iterator[Outputs]:
+        """One output per merge, each with this host's leaves; what was written stays if anything fails."""
         plan = self.plan
-        outputs: dict[str, Output] = {}
-        try:
+        writers: dict[str, Writer] = {}
+        with contextlib.ExitStack() as on_error:
             for name in plan.merges:
                 target = folder / name if name else folder
                 target.mkdir(parents=True, exist_ok=True)
-                writer = open_writer(
+                writers[name] = open_writer(
                     plan.format,
                     target,
                     plan.specs,
@@ -193,13 +219,11 @@ class _Run:
                     optimizer_state=plan.settings.optimizer_state,
                     process_index=jax.process_index(),
                     process_count=jax.process_count(),
+                    is_resumed=self.journal.is_resumed,
                 )
-                outputs[name] = Output(writer)
-            yield outputs
-        except BaseException:
-            for output in outputs.values():
-                output.writer.abort()
-            raise
+                on_error.callback(writers[name].close)
+            yield Outputs(writers, self.journal)
+            on_error.pop_all()  # they are committed
 
     # ---- first pass ------------------------------------------------------------------------------------------------
 
@@ -207,6 +231,13 @@ class _Run:
         """The answers to the recipes' questions."""
         if not self.recipes.questions:
             return []
+        experts = len(self.plan.experts)
+        if all(hosts.gather_json(self.journal.survey is not None)):
+            found = [MethodSurvey(q.method, q.tensors, experts) for q in self.recipes.questions]
+            for each, known in zip(found, self.journal.survey, strict=True):
+                each.restore(known)
+            self.log("resuming: the survey is there")
+            return found
         found, self.reads = survey(
             self.recipes.questions,
             self._counted("survey"),
@@ -215,15 +246,18 @@ class _Run:
             combine=hosts.combine,
             log=self.log,
         )
+        self.journal.finish_survey([each.known() for each in found])
+        self.journal.flush()
         return found
 
-    def _counted(self, phase: str) -> Stream:
-        """The stream, reporting what it reads to `progress` under this name."""
-        total = self.plan.input_bytes // jax.process_count()
+    def _counted(self, phase: str, share: float = 1.0) -> Stream:
+        """The stream, reporting what it reads to `progress` under this name. `share`: of the inputs, that is to be read."""
+        total = int(share * self.plan.input_bytes) // jax.process_count()
         start = self.stream.bytes_read
 
         def report() -> None:
             self.peak.look()
+            self.journal.flush_now_and_then()
             self.progress(phase, min(self.stream.bytes_read - start, total), total)
 
         self.stream.while_running = report
@@ -235,23 +269,32 @@ class _Run:
         self,
         mine: Sequence[LeafSpec],
         surveys: Sequence[MethodSurvey],
-        outputs: Mapping[str, Output],
+        outputs: Outputs,
     ) -> dict[str, Statistics]:
         """Reads everything once more and writes every output; returns the statistics of this host's leaves."""
-        stream = self._counted("merge")
+        tensors = [
+            t for leaf in mine for t in (self.plan.tensors[leaf.name] or [copied_tensor(leaf)])
+        ]
+        there = outputs.look(self.stream.pieces(tensors))
+        finished, pieces = hosts.combine(np.array([there.finished, there.pieces], np.int64))
+        if finished:
+            self.log(f"resuming: {finished:,} of {pieces:,} pieces are there")
+        stream = self._counted("merge", 1 - there.share)
         self.reads += 1
-        self.log(
-            "reading all inputs and writing " + (", ".join(n for n in outputs if n) or "the merge")
-        )
+        names = ", ".join(name for name in outputs.each if name) or "the merge"
+        self.log(f"reading {'the rest of ' if finished else ''}all inputs and writing {names}")
         kernel = _Kernel(self.plan, self.recipes, surveys)
         seconds: list[float] = []
 
         def work(piece: Piece) -> tuple[str, Statistics | None]:
             leaf = piece.tensor.leaf
+            kept = outputs.keep(piece)
+            if kept is not None:
+                return leaf.name, self._statistics(kept.statistics)
             if piece.tensor.is_kept or not leaf.is_merged:
                 copied = stream.read_kept(piece) if leaf.is_merged else stream.read_copied(piece)
                 copied = copied.astype(self.plan.specs[leaf.name].dtype, copy=False)
-                merged, found = [copied] * len(outputs), None
+                merged, found = [copied] * len(outputs.each), None
             else:
                 loaded = stream.load(piece)
                 merged = kernel.merge(loaded)
@@ -259,10 +302,9 @@ class _Run:
                     stream.blame_not_finite(loaded)
                 found = kernel.statistics(loaded)
             begun = time.perf_counter()
-            for output, each in zip(outputs.values(), merged, strict=True):
-                output.put(piece, each)
+            outputs.put(piece, merged, None if found is None else found.to_vector())
             seconds.append(time.perf_counter() - begun)
-            return piece.tensor.leaf.name, found
+            return leaf.name, found
 
         statistics: dict[str, Statistics] = {}
 
@@ -270,54 +312,57 @@ class _Run:
             name, found = result
             if found is not None:
                 known = statistics.setdefault(
-                    name, Statistics(len(self.plan.experts), len(outputs))
+                    name, Statistics(len(self.plan.experts), len(outputs.each))
                 )
                 known.add(found)
 
-        tensors = (
-            tensor
-            for leaf in mine
-            for tensor in (self.plan.tensors[leaf.name] or [copied_tensor(leaf)])
-        )
         stream.run(stream.pieces(tensors), work, take)
+        self.journal.flush()
+        self.pieces, self.pieces_resumed = outputs.pieces, outputs.kept
         self.write_seconds += sum(seconds)
         return statistics
 
+    def _statistics(self, vector: np.ndarray | None) -> Statistics | None:
+        if vector is None:
+            return None
+        return Statistics.from_vector(vector, len(self.plan.experts), len(self.plan.merges))
+
     # ---- the end ---------------------------------------------------------------------------------------------------
 
-    def _commit_weights(self, outputs: Mapping[str, Output]) -> None:
+    def _commit_weights(self, outputs: Outputs) -> None:
         begun = time.perf_counter()
         for turn in (False, True):  # the main host last
             if hosts.is_main() == turn:
-                for output in outputs.values():
+                for output in outputs.each.values():
                     output.writer.commit()
-                    self.written += output.nbytes
+                self.written = outputs.nbytes
             hosts.wait_for_all(f"weights committed {turn}")
         self.commit_seconds = time.perf_counter() - begun
 
     def _finish(
         self,
         staging: manifest.Staging,
-        outputs: Mapping[str, Output],
+        outputs: Outputs,
         statistics: Mapping[str, Statistics],
         config_text: str,
     ) -> None:
         """Gathers what all hosts know, writes statistics and manifests, and lets the output appear."""
         plan = self.plan
-        checksums = hosts.gather_json({name: each.checksums for name, each in outputs.items()})
+        checksums = hosts.gather_json({name: each.checksums for name, each in outputs.each.items()})
+        counts = hosts.combine(np.array([self.pieces, self.pieces_resumed], np.int64))
         statistics = hosts.gather_json(
             {name: s.to_vector().tolist() for name, s in statistics.items()}
         )
         if hosts.is_main():
             known = {
-                name: Statistics.from_vector(
-                    np.array(vector), len(plan.experts), len(outputs)
-                ).scaled_to_all()
+                name: self._statistics(np.array(vector)).scaled_to_all()
                 for host in statistics
                 for name, vector in host.items()
             }
             shared = {
                 **self._provenance(),
+                "pieces": int(counts[0]),
+                "pieces_resumed": int(counts[1]),
                 "config": config_text,
             }
             for number, (name, method) in enumerate(plan.merges.items()):
@@ -381,6 +426,8 @@ class _Run:
             + self.commit_seconds,
             peak_resident_bytes=self.peak.nbytes,
             reads=self.reads,
+            pieces=self.pieces,
+            pieces_resumed=self.pieces_resumed,
             was_done=was_done,
         )
 

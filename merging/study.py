@@ -33,7 +33,7 @@ from merging.engine.vectors import task_vectors_of
 from merging.evaluation.collect import Result, put_scores
 from merging.evaluation.evaluator import Evaluator, Options
 from merging.evaluation.examples import Task
-from merging.finetune import Mixture, Optimizer
+from merging.finetune import Mixture
 from merging.grid import study_file
 from merging.grid.cells import Cell, cells
 from merging.grid.study_file import HELD_IN, INSTRUCTION_TUNED, PRETRAINED, Category, Places
@@ -44,6 +44,7 @@ from merging.models.families import family_of, model_of
 from merging.models.parameters import read_params
 from merging.partitioning import MeshShape
 from merging.training.optimizer import adamw
+from merging.training.settings import Optimizer
 
 PHASES = ("bases", "experts", "cells")
 BASE, MULTITASK = "base", "multitask"

@@ -2,7 +2,8 @@
 
 One task per (dataset, prompt, collection), `<dataset>_<prompt>` and the collection's suffix; for ranked datasets a
 second one in T5's rank_classification form, which ends with `_rank`. One mixture per category, one of all held-in, one
-of all held-out, each with the suffix. Mixing rates are T0's. `tasks.register` is the way in.
+of all held-out, each with the suffix; and each once more in the form that seqio.Evaluator ranks, which ends with `_rank`.
+Mixing rates are T0's. `tasks.register` is the way in.
 """
 
 from __future__ import annotations
@@ -183,6 +184,11 @@ def _add_mixture(name: str, members: Sequence[str], rate_cap: int) -> None:
         name, [(member, functools.partial(_rate, cap=rate_cap)) for member in members]
     )
     _MIXTURES[name] = tuple(members)
+    # For seqio's evaluator: choices are ranked where there are choices.
+    ranked = [
+        each + RANK if each + RANK in seqio.TaskRegistry.names() else each for each in members
+    ]
+    seqio.MixtureRegistry.add(name + RANK, [(member, 1.0) for member in ranked])
 
 
 def _add_instructions(names: Sequence[str], rate_cap: int) -> None:
@@ -214,6 +220,7 @@ def _forget() -> None:
         seqio.TaskRegistry.remove(name + RANK)
     for name in _MIXTURES:
         seqio.MixtureRegistry.remove(name)
+        seqio.MixtureRegistry.remove(name + RANK)
     _TASKS.clear()
     _MIXTURES.clear()
     _registered_with.clear()

@@ -9,7 +9,7 @@ from typing import Any
 from etils import epath
 
 from merging.checkpoints import orbax, safetensors, t5x
-from merging.checkpoints.format import CheckpointError, LeafSpec, Reader, Writer
+from merging.checkpoints.format import UNFINISHED_FILE, CheckpointError, LeafSpec, Reader, Writer
 from merging.checkpoints.trees import TreeReader
 
 # Writers by the names that FORMAT takes. Their arguments behind (folder, specs) are their own.
@@ -23,18 +23,28 @@ FORMATS: Mapping[str, Callable[..., Any]] = {
 _STEP = re.compile(r"(?:[A-Za-z0-9-]+_)?\d+")
 
 
-def open_checkpoint(path: epath.PathLike, *, params_path: str | None = None) -> Reader:
+def open_checkpoint(
+    path: epath.PathLike, *, params_path: str | None = None, is_ours: bool = False
+) -> Reader:
     """Opens a checkpoint of any known format.
 
     Args:
       path: a Hugging Face folder or a safetensors file; an Orbax folder or a step of a CheckpointManager; a step of T5X.
       params_path: where the parameters are in a tree (Orbax, T5X), keys joined by `/`.
+      is_ours: who asks is the run that writes there, and knows that what it opens is whole.
 
-    Raises CheckpointError if nothing is there or nothing known; for a folder of steps it lists them.
+    Raises CheckpointError if nothing is there or nothing known, or if it is part of an output that is not finished; for a
+    folder of steps it lists them.
     """
     path = epath.Path(path)
     if not path.exists():
         raise CheckpointError(f"{path} does not exist: name a checkpoint's folder")
+    unfinished = [each for each in (path, *path.parents[:2]) if (each / UNFINISHED_FILE).exists()]
+    if unfinished and not is_ours:
+        raise CheckpointError(
+            f"{path} is not finished: a run is writing to {unfinished[0]}, or was stopped there; the same command again"
+            " finishes it"
+        )
     known = _format_of(path)
     if known == "t5x_orbax":
         return t5x.OrbaxReader(path, params_path=params_path)
@@ -88,6 +98,7 @@ def open_writer(
     optimizer_state: str = "drop",
     process_index: int = 0,
     process_count: int = 1,
+    is_resumed: bool = False,
 ) -> Writer:
     """A writer of one of FORMATS, with its share of the leaves for this process.
 
@@ -99,6 +110,7 @@ def open_writer(
       shard_bytes: of data per file of safetensors, at most.
       dtype: what config.json shall say of the weights' type; None leaves it.
       optimizer_state: "drop", or "base": with what `like` holds beside the parameters.
+      is_resumed: goes on where an earlier writer with the same arguments was; see `format.Writer`.
 
     Processes share a folder: all others commit before process 0 does. Raises ValueError for what the format can't hold.
     """
@@ -110,6 +122,7 @@ def open_writer(
             optimizer_state=optimizer_state,
             process_index=process_index,
             process_count=process_count,
+            is_resumed=is_resumed,
         )
     if optimizer_state != "drop":
         raise ValueError(
@@ -128,4 +141,5 @@ def open_writer(
         shards_mine=range(process_index, number, process_count),
         is_main=process_index == 0,
         config_dtype=dtype,
+        is_resumed=is_resumed,
     )

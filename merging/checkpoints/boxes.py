@@ -163,7 +163,8 @@ class Assembler:
         self.spec, self.chunk = spec, chunk
         self._emit = emit
         self._lock = threading.Lock()  # guards what follows
-        self._open: dict[Shape, tuple[np.ndarray, int]] = {}  # with the number of elements wanting
+        # With the number of elements wanting, and whether all that came are stored.
+        self._open: dict[Shape, tuple[np.ndarray, int, bool]] = {}
         self._wanting = spec.size
 
     @property
@@ -176,8 +177,10 @@ class Assembler:
         """How many elements have not come."""
         return self._wanting
 
-    def put(self, index: Index, array: np.ndarray) -> None:
+    def put(self, index: Index, array: np.ndarray, *, is_stored: bool = False) -> None:
         """Takes a box, [*box] in the leaf's dtype. The array is the caller's again when it returns.
+
+        A chunk of which all boxes are stored is not emitted.
 
         Raises ValueError for another shape or dtype; an element that comes twice is an AssertionError where it is seen.
         """
@@ -186,7 +189,9 @@ class Assembler:
             of_chunk = chunk_box(position, self.chunk, self.spec.shape)
             shared = intersection(index, of_chunk)
             part = array[(*relative(shared, index), ...)]  # `...`: an array even for ()
-            full = part if shared == of_chunk else self._gather(position, of_chunk, shared, part)
+            full = None if is_stored else part
+            if shared != of_chunk:
+                full = self._gather(position, of_chunk, shared, part, is_stored)
             if full is not None:
                 self._emit(of_chunk, full)
         with self._lock:
@@ -194,23 +199,25 @@ class Assembler:
             assert self._wanting >= 0, f"{self.spec.name}: elements came twice"
 
     def _gather(
-        self, position: Shape, of_chunk: Index, shared: Index, part: np.ndarray
+        self, position: Shape, of_chunk: Index, shared: Index, part: np.ndarray, is_stored: bool
     ) -> np.ndarray | None:
-        """Copies a part into its chunk; the chunk where that fills it."""
+        """Copies a part into its chunk; the chunk where that fills it and it is to be stored."""
         with self._lock:
             if position not in self._open:
                 shape = tuple(p.stop - p.start for p in of_chunk)
-                self._open[position] = np.empty(shape, self.spec.dtype), math.prod(shape)
+                self._open[position] = np.empty(shape, self.spec.dtype), math.prod(shape), True
             buffer = self._open[position][0]
         buffer[(*relative(shared, of_chunk), ...)] = part  # parts are disjoint: no lock
         with self._lock:
-            wanting = self._open[position][1] - part.size
-            self._open[position] = buffer, wanting
+            _, wanting, is_all_stored = self._open[position]
+            wanting -= part.size
+            is_all_stored &= is_stored
+            self._open[position] = buffer, wanting, is_all_stored
             assert wanting >= 0, f"{self.spec.name}: elements of {of_chunk} came twice"
             if wanting:
                 return None
             del self._open[position]
-            return buffer
+            return None if is_all_stored else buffer
 
 
 def held_bytes(

@@ -18,6 +18,9 @@ import numpy as np
 # A box of a leaf: one slice with explicit, in-range start and stop, step 1, for each dimension.
 Index = tuple[slice, ...]
 
+# In the folder of an output from its first moment until it is whole: no reader takes what lies there for a checkpoint.
+UNFINISHED_FILE = "unfinished.json"
+
 MERGED_DTYPES = tuple(np.dtype(t) for t in (np.float32, ml_dtypes.bfloat16, np.float16, np.float64))
 
 
@@ -89,21 +92,36 @@ class Reader(Protocol):
 
 @runtime_checkable
 class Writer(Protocol):
-    """One checkpoint being written. Nothing is visible under its final name before `commit`."""
+    """One checkpoint being written. Nothing is visible under its final name before `commit`.
+
+    One that is made with `is_resumed` goes on where an earlier one with the same arguments, killed or closed, was: boxes
+    that `holds` says are there can be read (`stored`) and, where they are right, be written with `is_stored`.
+    """
 
     @property
     def names_mine(self) -> list[str]:
         """The leaves that this process writes, in storage order."""
         ...
 
-    def write(self, name: str, index: Index, array: np.ndarray) -> None:
-        """Stores a box (C order). Thread-safe; boxes come in any order, near that of storage, each element once."""
+    def write(self, name: str, index: Index, array: np.ndarray, *, is_stored: bool = False) -> None:
+        """Stores a box (C order). Thread-safe; boxes come in any order, near that of storage, each element once.
+
+        `is_stored`: the array is what `stored` gave for this box, which need not be written again.
+        """
+        ...
+
+    def holds(self, name: str, index: Index) -> bool:
+        """Whether an earlier writer left a box whole, as far as can be told without reading it."""
+        ...
+
+    def stored(self, name: str, index: Index) -> np.ndarray:
+        """A box that `holds` says is there, [*box] in the leaf's dtype; whether its bytes are right is the caller's to check."""
         ...
 
     def commit(self) -> None:
         """All bytes synced, then everything appears under the final name at once."""
         ...
 
-    def abort(self) -> None:
-        """Removes what was written; nothing appears."""
+    def close(self) -> None:
+        """Ends without a commit: nothing appears, and what was written stays for a writer that goes on."""
         ...

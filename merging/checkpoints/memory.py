@@ -80,7 +80,7 @@ class Writer:
         """All leaves."""
         return list(self._missing)
 
-    def write(self, name: str, index: Index, array: np.ndarray) -> None:
+    def write(self, name: str, index: Index, array: np.ndarray, *, is_stored: bool = False) -> None:
         """Stores a box, [*box] in the leaf's dtype. Any thread, any order."""
         box = self._arrays[name][(*index, ...)]
         if (array.shape, array.dtype) != (box.shape, box.dtype):
@@ -97,7 +97,14 @@ class Writer:
         assert not wrong, f"commit with elements missing (negative: written twice): {wrong}"
         self.arrays = self._arrays
 
-    def abort(self) -> None:
+    def holds(self, name: str, index: Index) -> bool:
+        """Nothing outlives a process in its memory."""
+        return False
+
+    def stored(self, name: str, index: Index) -> np.ndarray:
+        raise AssertionError("nothing is held")
+
+    def close(self) -> None:
         self._arrays = {}
 
 

@@ -278,6 +278,7 @@ class Writer(TreeWriter):
         item: str = "",
         process_index: int = 0,
         process_count: int = 1,
+        is_resumed: bool = False,
         extra: Mapping[str, np.ndarray] | None = None,
     ):
         if storage not in STORAGES:
@@ -295,6 +296,8 @@ class Writer(TreeWriter):
             process_index=process_index,
             process_count=process_count,
             store=DatabaseStore(database) if storage == "ocdbt" else FolderStore(self._tree),
+            version=3 if storage == "zarr3" else 2,
+            is_resumed=is_resumed,
             extra=extra,
         )
         for leaf in self._leaves.values():
@@ -305,7 +308,7 @@ class Writer(TreeWriter):
 
     def _begin(self, leaf: Leaf) -> Assembler:
         chunk = chunk_shape(leaf.spec, self._chunk_bytes)
-        return assembler(self._store, leaf, chunk, version=3 if self._storage == "zarr3" else 2)
+        return assembler(self._store, leaf, chunk, version=self._version)
 
     def _made_last(self) -> list[epath.Path]:
         in_tree = (METADATA_FILE, _STRINGS_FILE, _COMMITTED_FILE, ocdbt.MANIFEST, "d")

@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import sys
 import threading
@@ -36,7 +37,8 @@ from merging.checkpoints.huggingface import (
     shard_names,
 )
 from merging.checkpoints.safetensors_header import build_header, read_header, refuse, show
-from merging.checkpoints.storage import ByteSink, ByteSource, put_file, sync
+from merging.checkpoints.storage import ByteSink, ByteSource, is_local, put_file, sync
+from merging.checkpoints.zarr import read_part
 
 assert sys.byteorder == "little", "safetensors data are little-endian, and so must the host be"
 
@@ -205,6 +207,7 @@ class Writer:
       shards_mine: which shards of the plan this process writes (default all).
       is_main: whether this process writes the index and the carried files.
       config_dtype: what config.json shall say of the weights' type ("bfloat16"); None leaves it.
+      is_resumed: files that an earlier writer with the same arguments left are gone on with.
 
     Attributes:
       shards: names per shard, all of them.
@@ -224,6 +227,7 @@ class Writer:
         shards_mine: Sequence[int] | None = None,
         is_main: bool = True,
         config_dtype: str | None = None,
+        is_resumed: bool = False,
     ):
         self._folder = epath.Path(folder)
         self._specs = specs
@@ -233,14 +237,18 @@ class Writer:
         mine = range(len(self.shards)) if shards_mine is None else sorted(set(shards_mine))
         assert all(0 <= i < len(names) for i in mine), f"shards {mine} of {len(names)}"
         self._files = [
-            _Shard(self._folder / names[i], [specs[name] for name in self.shards[i]], metadata)
+            _Shard(
+                self._folder / names[i],
+                [specs[name] for name in self.shards[i]],
+                metadata,
+                is_resumed=is_resumed,
+            )
             for i in mine
         ]
         self._places = {
             name: (shard, offset) for shard in self._files for name, offset in shard.offsets.items()
         }
         self._carried = carried_files(carry_from, config_dtype) if is_main else {}
-        self._small: list[epath.Path] = []
         # One worker: the disk is one. Its errors surface at the next write or commit.
         self._disk = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="disk")
         self._closing: list[concurrent.futures.Future[None]] = []
@@ -251,10 +259,10 @@ class Writer:
         """The leaves that this process writes, in the order of the files."""
         return list(self._places)
 
-    def write(self, name: str, index: Index, array: np.ndarray) -> None:
+    def write(self, name: str, index: Index, array: np.ndarray, *, is_stored: bool = False) -> None:
         """Stores a box, [*box] in the leaf's dtype. Any thread, any order (near that of the files is best).
 
-        A leaf without elements may be written or left out.
+        A leaf without elements may be written or left out. `is_stored` as in `format.Writer`.
         """
         shard, offset = self._places[name]
         spec = self._specs[name]
@@ -265,13 +273,35 @@ class Writer:
         run, starts = boxes.runs(spec.shape, index)
         run_bytes = run * spec.dtype.itemsize
         sink = self._opened(shard)
-        for position, start in enumerate(starts):
-            sink.write(
-                offset + start * spec.dtype.itemsize,
-                buffer[position * run_bytes : (position + 1) * run_bytes],
-            )
+        if is_stored:
+            sink.keep(array.nbytes)
+        else:
+            for position, start in enumerate(starts):
+                sink.write(
+                    offset + start * spec.dtype.itemsize,
+                    buffer[position * run_bytes : (position + 1) * run_bytes],
+                )
         if sink.nbytes == shard.nbytes:
             self._close(shard)
+
+    def holds(self, name: str, index: Index) -> bool:
+        """Whether the file that an earlier writer left reaches to the end of a box."""
+        shard, offset = self._places[name]
+        spec = self._specs[name]
+        strides = (math.prod(spec.shape[axis + 1 :]) for axis in range(len(spec.shape)))
+        last = sum((part.stop - 1) * stride for part, stride in zip(index, strides, strict=True))
+        return shard.left_bytes >= offset + (last + 1) * spec.dtype.itemsize
+
+    def stored(self, name: str, index: Index) -> np.ndarray:
+        """A box as an earlier writer left it; see `format.Writer`."""
+        shard, offset = self._places[name]
+        spec = self._specs[name]
+        sink = self._opened(shard)
+        array = boxes.receiver(spec, index, None)
+        read_part(
+            lambda start, buffer: sink.read_into(offset + start, buffer), spec.shape, index, array
+        )
+        return array
 
     def commit(self) -> None:
         """Files and folder are on disk when it returns, index and carried files among them."""
@@ -290,21 +320,20 @@ class Writer:
                 self._put(name, content if isinstance(content, bytes) else content.read_bytes())
         sync(self._folder)
 
-    def abort(self) -> None:
-        """Removes the files of this writer. Raises nothing for a disk that already failed."""
+    def close(self) -> None:
+        """Lets go of the files, which stay. Raises nothing for a disk that already failed."""
         self._disk.shutdown(wait=True, cancel_futures=True)
         for shard in self._files:
             if shard.sink:
-                shard.sink.discard()
-        for path in self._small:
-            path.unlink(missing_ok=True)
+                shard.sink.abandon()
 
     def _opened(self, shard: _Shard) -> ByteSink:
         if shard.sink is None or self._closing:
             with self._lock:
                 self._raise_disk_errors()
                 if shard.sink is None:
-                    shard.sink = ByteSink(shard.path)  # known before its header fails to be written
+                    # Known before its header fails to be written.
+                    shard.sink = ByteSink(shard.path, is_kept=shard.left_bytes > 0)
                     shard.sink.write(0, memoryview(shard.header))
         return shard.sink
 
@@ -317,8 +346,7 @@ class Writer:
 
     def _put(self, name: str, content: bytes) -> None:
         """A small file, whole."""
-        self._small.append(self._folder / name)
-        put_file(self._small[-1], content)
+        put_file(self._folder / name, content)
 
     def _raise_disk_errors(self) -> None:
         for task in self._closing:
@@ -333,9 +361,17 @@ class _Shard:
       header: its first bytes.
       offsets: of each leaf's first byte, from the beginning of the file.
       nbytes: of the whole file.
+      left_bytes: of what an earlier writer left; 0 where that is nothing, or can't be gone on with.
     """
 
-    def __init__(self, path: epath.Path, leaves: Sequence[LeafSpec], metadata: Mapping[str, str]):
+    def __init__(
+        self,
+        path: epath.Path,
+        leaves: Sequence[LeafSpec],
+        metadata: Mapping[str, str],
+        *,
+        is_resumed: bool,
+    ):
         self.path = path
         self.header = build_header(leaves, metadata)
         self.offsets: dict[str, int] = {}
@@ -343,5 +379,8 @@ class _Shard:
         for spec in leaves:
             self.offsets[spec.name] = self.nbytes
             self.nbytes += spec.nbytes
+        # An object in a bucket is there whole or not at all, and can't be written by range.
+        is_left = is_resumed and is_local(path) and path.exists()
+        self.left_bytes = path.stat().length if is_left else 0
         self.sink: ByteSink | None = None
         self.is_closing = False

@@ -267,17 +267,20 @@ _WRITEBACK_BYTES = 16 << 20
 class ByteSink:
     """One file being written by ranges, each byte once. Thread-safe; its OSErrors carry its name."""
 
-    def __init__(self, path: epath.PathLike):
-        """Creates the file, or empties it."""
+    def __init__(self, path: epath.PathLike, *, is_kept: bool = False):
+        """Creates the file, or empties it; `is_kept`: a local file that is there stays as it is, and can be read."""
         self.path = epath.Path(path)
-        self.nbytes = 0  # written, or waiting for what comes before
+        self.nbytes = 0  # written, kept, or waiting for what comes before
         self._lock = threading.Lock()
         self._closing = contextlib.ExitStack()
         self._dirty: list[int] = []  # start and end of what the disk was not yet told to write
         self._waiting: dict[int, bytes] = {}  # remote: by offset, what came too early
         self._at = 0  # remote: how far the object is written
         with naming(self.path):
-            self._handle: BinaryIO = self._closing.enter_context(self.path.open("wb"))
+            is_kept = is_kept and is_local(self.path) and self.path.exists()
+            # etils knows no mode that leaves a file as it is.
+            opened = open(self.path, "r+b") if is_kept else self.path.open("wb")
+            self._handle: BinaryIO = self._closing.enter_context(opened)
             self._descriptor = self._handle.fileno() if is_local(self.path) else None
 
     def write(self, offset: int, data: memoryview) -> None:
@@ -301,6 +304,22 @@ class ByteSink:
             self._dirty = []
         start_writeback(self._descriptor, start, end - start)
 
+    def keep(self, nbytes: int) -> None:
+        """Counts bytes that are in the file already."""
+        with self._lock:
+            self.nbytes += nbytes
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fills `buffer` from a kept local file, with zeros beyond its end."""
+        with naming(self.path):
+            done = os.preadv(self._descriptor, [buffer], offset)
+            while 0 < done < len(buffer):
+                more = os.preadv(self._descriptor, [buffer[done:]], offset + done)
+                if not more:
+                    break
+                done += more
+        buffer[done:] = bytes(len(buffer) - done)
+
     def close(self) -> None:
         """The bytes are on disk when it returns."""
         with naming(self.path), self._closing:
@@ -309,11 +328,10 @@ class ByteSink:
                 os.fsync(self._descriptor)
                 self._descriptor = -1  # any later write is EBADF, not into another file
 
-    def discard(self) -> None:
-        """Removes the file, whatever state it is in."""
+    def abandon(self) -> None:
+        """Closes the file, whatever state it is in, which stays."""
         with contextlib.suppress(OSError):  # the disk may be what failed
             self._closing.close()
-        self.path.unlink(missing_ok=True)
 
     def _append(self, offset: int, data: memoryview) -> None:
         self._waiting[offset] = bytes(data)  # TensorFlow's GFile takes nothing but bytes
@@ -378,11 +396,12 @@ class LinesFile:
 def sync(path: epath.PathLike) -> None:
     """A local file or folder is on disk when it returns; object storage has no need of it."""
     if is_local(path):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with naming(path):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -227,6 +227,7 @@ class Writer(TreeWriter):
         gzip_level: int | None = None,
         process_index: int = 0,
         process_count: int = 1,
+        is_resumed: bool = False,
     ):
         super().__init__(
             folder,
@@ -238,6 +239,8 @@ class Writer(TreeWriter):
             process_index=process_index,
             process_count=process_count,
             store=FolderStore(epath.Path(folder)),
+            version=2,
+            is_resumed=is_resumed,
             extra=_extra(like, step),
         )
         _check_tree(self)
@@ -261,7 +264,9 @@ class Writer(TreeWriter):
 
             return Assembler(leaf.spec, (1,) * len(leaf.spec.shape), keep)
         chunk = chunk_shape(leaf.spec, self._chunk_bytes)
-        return assembler(self._store, leaf, chunk, version=2, gzip_level=self._gzip_level)
+        return assembler(
+            self._store, leaf, chunk, version=self._version, gzip_level=self._gzip_level
+        )
 
     def _made_last(self) -> list[epath.Path]:
         return [self._folder / FILE]
@@ -314,6 +319,7 @@ class OrbaxWriter(orbax.Writer):
         chunk_bytes: int = CHUNK_BYTES,
         process_index: int = 0,
         process_count: int = 1,
+        is_resumed: bool = False,
     ):
         super().__init__(
             folder,
@@ -325,6 +331,7 @@ class OrbaxWriter(orbax.Writer):
             item=_ITEM,
             process_index=process_index,
             process_count=process_count,
+            is_resumed=is_resumed,
             extra=_extra(like, step),
         )
         _check_tree(self)

@@ -27,6 +27,7 @@ from etils import epath
 
 from merging.checkpoints import boxes, storage, zarr
 from merging.checkpoints.format import CheckpointError, Index, LeafSpec
+from merging.checkpoints.left import Left
 from merging.checkpoints.ocdbt import MANIFEST, kvstore
 from merging.checkpoints.safetensors_header import show
 from merging.checkpoints.storage import is_local, start_writeback
@@ -78,6 +79,9 @@ class TreeWriter:
       params_path: where the parameters go, keys joined by `/`; default as in `like`, or the root.
       chunk_bytes: of a stored chunk, at most.
       process_index, process_count: of this process among those that write. 0 is the main one.
+      version: of zarr.
+      is_resumed: chunks that an earlier writer with the same arguments left are gone on with. What is copied beside the
+        parameters is copied again.
       extra: small arrays by name from the root, written by the main process.
 
     Raises ValueError for names, dtypes or choices that the format can't hold, before anything is written.
@@ -95,6 +99,8 @@ class TreeWriter:
         process_index: int,
         process_count: int,
         store: ChunkStore,
+        version: int,
+        is_resumed: bool,
         extra: Mapping[str, np.ndarray] | None = None,
     ):
         if optimizer_state not in OPTIMIZER_STATES:
@@ -134,16 +140,32 @@ class TreeWriter:
         self._assemblers: dict[str, boxes.Assembler] = {}
         self._lock = threading.Lock()  # guards _assemblers
         self._done: set[str] = set()
+        self._version = version
+        self._left = store.left() if is_resumed else None
 
     @property
     def leaf_names(self) -> list[str]:
         """Of all arrays of the tree, by their names from the root."""
         return list(self._leaves)
 
-    def write(self, name: str, index: Index, array: np.ndarray) -> None:
+    def write(self, name: str, index: Index, array: np.ndarray, *, is_stored: bool = False) -> None:
         """Stores a box, [*box] in the leaf's dtype: one of `names_mine`. See `format.Writer` for the order."""
         assert name in self._mine, f"{name} is not a leaf of this process's"
-        self._put(self._rooted(name), index, array)
+        self._put(self._rooted(name), index, array, is_stored=is_stored)
+
+    def holds(self, name: str, index: Index) -> bool:
+        """Whether an earlier writer left all chunks that a box touches. Those that it was putting together are lost."""
+        leaf = self._leaves[self._rooted(name)]
+        if self._left is None or self._is_small(leaf.spec):
+            return False
+        chunk = boxes.chunk_shape(leaf.spec, self._chunk_bytes)
+        return self._left.holds(leaf.stored, leaf.spec, chunk, self._version, index)
+
+    def stored(self, name: str, index: Index) -> np.ndarray:
+        """A box as an earlier writer left it; see `format.Writer`."""
+        leaf = self._leaves[self._rooted(name)]
+        chunk = boxes.chunk_shape(leaf.spec, self._chunk_bytes)
+        return self._left.read(leaf.stored, leaf.spec, chunk, self._version, index)
 
     def commit(self) -> None:
         """All this process wrote is on disk; if it is the main one, the checkpoint is there. See the module on order."""
@@ -163,14 +185,13 @@ class TreeWriter:
         assert not wanting, f"commit before these leaves were written whole: {show(wanting)}"
         self._store.flush()
         if self.is_main:
+            for path in self._made_last():
+                remove(path)  # of a writer that was killed in here
             self._finish()
 
-    def abort(self) -> None:
-        """Removes what this writer wrote; the main one also what makes a checkpoint of all that was written."""
-        self._store.discard()
-        if self.is_main:
-            for path in self._made_last():
-                remove(path)
+    def close(self) -> None:
+        """Ends without a commit; what is stored stays."""
+        self._store.close()
 
     # ---- what a format adds ----------------------------------------------------------------------------------------
 
@@ -192,13 +213,13 @@ class TreeWriter:
 
     # ---- inside ----------------------------------------------------------------------------------------------------
 
-    def _put(self, name: str, index: Index, array: np.ndarray) -> None:
+    def _put(self, name: str, index: Index, array: np.ndarray, *, is_stored: bool = False) -> None:
         with self._lock:
             if name not in self._assemblers:
                 assert name not in self._done, f"{name}: elements came twice"
                 self._assemblers[name] = self._begin(self._leaves[name])
             assembler = self._assemblers[name]
-        assembler.put(index, array)
+        assembler.put(index, array, is_stored=is_stored)
         with self._lock:
             if assembler.is_done and name not in self._done:
                 self._done.add(name)
@@ -284,8 +305,12 @@ class ChunkStore(Protocol):
         """All that was put is on disk. Raises the error of what could not be."""
         ...
 
-    def discard(self) -> None:
-        """Removes all that was put."""
+    def left(self) -> Left:
+        """What an earlier store left here; asked before anything is put."""
+        ...
+
+    def close(self) -> None:
+        """Ends without a flush; what is stored stays."""
         ...
 
 
@@ -314,6 +339,7 @@ class FolderStore:
     def __init__(self, folder: epath.Path):
         self._folder = folder
         self._made: dict[epath.Path, None] = {}  # folders of arrays, and below them
+        self._goes_on = False
         self._lock = threading.Lock()  # guards _made and _syncs
         self._pool = concurrent.futures.ThreadPoolExecutor(_SYNCING_THREADS, "sync")
         self._syncs: collections.deque[concurrent.futures.Future[None]] = collections.deque()
@@ -337,14 +363,18 @@ class FolderStore:
         while self._syncs:
             self._syncs.popleft().result()
         self._pool.shutdown()
+        if self._goes_on:  # what is kept may not be on disk yet
+            sync_tree(self._folder)
         for folder in self._made:
             sync_folder(folder)
         sync_folder(self._folder)
 
-    def discard(self) -> None:
+    def left(self) -> Left:
+        self._goes_on = True
+        return Left(self._folder, in_database=False)
+
+    def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
-        for folder in self._made:
-            remove(folder)
 
 
 class DatabaseStore:
@@ -379,20 +409,25 @@ class DatabaseStore:
 
     def flush(self) -> None:
         with self._lock:
-            if (
-                self._store is None
-            ):  # an empty database, so that the folder is that of a process that wrote
-                self._store = self._open()
+            if self._store is None:
+                self._store = (
+                    self._open()
+                )  # empty, so that the folder is that of a process that wrote
             self._submit()
             self._wait()
         self._pool.shutdown()
         sync_tree(self._folder)
 
-    def discard(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
+    def left(self) -> Left:
+        found = Left(self._folder, in_database=True)
+        if found.is_damaged:
+            remove(self._folder)  # nothing can be added to it
+        return found
+
+    def close(self) -> None:
+        self._pool.shutdown()  # after the batch that is being committed
         if self._batch is not None:
             self._batch.abort()
-        remove(self._folder)
 
     def _open(self) -> Any:
         import tensorstore as ts

@@ -44,6 +44,11 @@ def gather_json(value: Any) -> list[Any]:
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
+def of_main(value: Any) -> Any:
+    """The main host's JSON value, on all of them."""
+    return gather_json(value)[0]
+
+
 def wait_for_all(name: str) -> None:
     """Returns when every host has come here."""
     if jax.process_count() > 1:

@@ -11,7 +11,7 @@ Only counts are added up, so the facts are the same whatever the slices, the ord
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -138,6 +138,29 @@ class MethodSurvey:
             majority=None if self.majority is None else np.float32(self.majority),
             l1=self.l1.get(tensor.path),
         )
+
+    def known(self) -> dict[str, Any]:
+        """All that was found out, as JSON: what `restore` takes, bit for bit."""
+        return {
+            "method": repr(self.method),
+            "majority": self.majority,
+            "l1": {path: row.tolist() for path, row in self.l1.items()},
+            "searches": {
+                group: [(s.low, s.high, s.at_least_low) for s in searches]
+                for group, searches in self.searches.items()
+                if all(s.is_done for s in searches)
+            },
+        }
+
+    def restore(self, known: Mapping[str, Any]) -> None:
+        """Takes what an earlier run found out about the same tensors of the same inputs."""
+        assert known["method"] == repr(self.method)
+        self.majority = known["majority"]
+        self.l1 = {path: np.array(row, np.float32) for path, row in known["l1"].items()}
+        for group, answers in known["searches"].items():
+            for search, answer in zip(self.searches[group], answers, strict=True):
+                search.low, search.high, search.at_least_low = answer
+        self.forget()
 
     def _remember(self, what: str, tensor: Tensor, compute: Callable[[list[Search]], Any]) -> Any:
         """What follows from the tensor's searches; computed anew for every piece it would cost more than the piece."""

@@ -18,7 +18,7 @@ import numpy as np
 from merging.grid import paper
 from merging.grid.bootstrap import Estimate, estimate
 from merging.grid.relative import AXES, Grid, mean, over_cells
-from merging.grid.results import INSTRUCTION_TUNED, PRETRAINED
+from merging.grid.study_file import INSTRUCTION_TUNED, PRETRAINED
 
 Verdict = Literal["holds", "does not hold", "undecided"]
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"

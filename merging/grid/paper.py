@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from merging.grid.relative import Grid
-from merging.grid.results import INSTRUCTION_TUNED, PRETRAINED
+from merging.grid.study_file import INSTRUCTION_TUNED, PRETRAINED
 
 SIZES = ("1B", "8B", "24B", "64B")
 BASES = (PRETRAINED, INSTRUCTION_TUNED)

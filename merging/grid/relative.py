@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from merging.grid.bootstrap import Draws
-from merging.grid.results import HELD_IN, HELD_OUT, Dataset, Results
+from merging.grid.results import Dataset, Results
+from merging.grid.study_file import HELD_IN, HELD_OUT
 
 # Axes of a grid's arrays, behind the one over draws.
 AXES = ("size", "base", "method", "num_experts", "seed")

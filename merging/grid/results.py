@@ -18,11 +18,10 @@ from etils import epath
 
 from merging import manifest
 from merging.evaluation.collect import SCORES, Score, ScoresFile
+from merging.grid import study_file
+from merging.grid.cells import Cell
+from merging.grid.study_file import HELD_IN
 
-HELD_IN, HELD_OUT = "held_in", "held_out"
-PRETRAINED, INSTRUCTION_TUNED = "pretrained", "instruction_tuned"
-STUDY = "study.json"
-VERSION = 1
 LOSS = "nats_per_token"
 
 # A model of a study: size, base, name.
@@ -44,25 +43,6 @@ class Dataset:
     role: str
     metric: str
     tasks: tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One merge of the grid; several cells may name one model.
-
-    Attributes:
-      categories: of the experts that are merged.
-      setting: "fixed" or "tuned".
-    """
-
-    size: str
-    base: str
-    method: str
-    num_experts: int
-    seed: int
-    setting: str
-    categories: tuple[str, ...]
-    model: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -245,15 +225,11 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _read_study(folder: epath.Path) -> Study:
-    path = folder / STUDY
-    if not path.exists():
-        raise ValueError(f"{folder} is no study: it has no {STUDY}, which launch.study writes")
-    found = _json(path)
-    if found.get("version") != VERSION:
-        raise ValueError(f"{path} is of version {found.get('version')!r}; this reads {VERSION}")
+    found = study_file.read(folder)
     try:
         return parse(found)
     except (KeyError, TypeError, AttributeError) as error:
+        path = folder / study_file.FILE
         raise ValueError(f"{path} does not say what a study is made of: {error!r}") from error
 
 

@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from merging.grid.results import HELD_IN, Results
+from merging.grid.results import Results
+from merging.grid.study_file import HELD_IN
 
 FITTED_ON = (1, 2, 4)
 

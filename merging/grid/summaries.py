@@ -12,8 +12,9 @@ import numpy as np
 from merging.grid.bootstrap import intervals
 from merging.grid.claims import FAILS, HOLDS, UNDECIDED, Judged, Tested, threshold
 from merging.grid.relative import Grid, Relative, category_means, over_cells
-from merging.grid.results import HELD_IN, HELD_OUT, Results, Study
+from merging.grid.results import Results, Study
 from merging.grid.scaling import Forecast
+from merging.grid.study_file import HELD_IN, HELD_OUT
 from merging.reporting.tables import NONE, Column, Interval, Mark, Table
 
 KINDS = {HOLDS: "good", FAILS: "bad", UNDECIDED: "open"}

@@ -337,7 +337,7 @@ def _draw_heats(figure: Heats) -> Any:
     import matplotlib
 
     drawing, axes = _panels(
-        len(figure.maps), figure.columns, _HEAT, _HEAT, sharey="row", sharex=True
+        len(figure.maps), figure.columns, _HEAT, _HEAT, sharey=True, sharex=True
     )
     n = len(figure.labels)
     for axis, each in zip(axes, figure.maps, strict=True):

@@ -59,7 +59,7 @@ def _as_safetensors(
     folder: epath.Path, config: LlamaConfig | Gemma3Config, like: epath.PathLike | None
 ) -> None:
     """Hugging Face's files in place of the Orbax tree."""
-    with contextlib.closing(open_checkpoint(folder / PARAMS)) as stored:
+    with contextlib.closing(open_checkpoint(folder / PARAMS, is_ours=True)) as stored:
         reader = LayoutReader(stored, huggingface.layout(config).inverse())
         specs = reader.specs()
         writer = open_writer(

@@ -126,13 +126,16 @@ def test_small_budgets_and_shards_change_no_bit(tmp_path: pathlib.Path):
         assert models.same_bits(models.load(tmp_path / f"back_{number}"), model)
 
 
-def test_a_failure_leaves_nothing(
+def test_a_failure_leaves_no_output(
     folder: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(safetensors.Reader, "check_unchanged", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         convert(Settings(input=folder, output_dir=tmp_path / "out"))
-    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out.partial"]
+    monkeypatch.undo()
+    convert(Settings(input=folder, output_dir=tmp_path / "out"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 
 @pytest.mark.parametrize(
@@ -162,3 +165,15 @@ def test_a_real_model_stacked_and_back(real_checkpoints: pathlib.Path, tmp_path:
     convert(Settings(input=folder, output_dir=tmp_path / "a", layout="stacked(axis=1)"))
     convert(Settings(input=tmp_path / "a", output_dir=tmp_path / "b", layout="unstacked(axis=1)"))
     assert models.same_bits(models.load(tmp_path / "b"), models.load(folder))
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_a_real_model_through_all_formats_and_back(
+    real_checkpoints: pathlib.Path, tmp_path: pathlib.Path
+):
+    folder = last = real_checkpoints / "smollm2"
+    for name in ("orbax", "t5x", "t5x_orbax", "safetensors"):
+        convert(Settings(input=last, output_dir=tmp_path / name, format=name))
+        last = tmp_path / name
+    assert models.same_bits(models.load(last), models.load(folder))

@@ -187,7 +187,7 @@ def test_nothing_but_damaged_checkpoints_is_an_error(tmp_path: pathlib.Path):
 def test_an_unfinished_run_with_other_settings_is_refused(tmp_path: pathlib.Path):
     with pytest.raises(Interrupted):
         runs.run(tmp_path / "out", should_stop=lambda step: step == 1)
-    with pytest.raises(manifest.OutputError, match=r"differs in seed.*remove it to begin anew"):
+    with pytest.raises(manifest.OutputError, match=r"seed was 0, is 1.*to begin anew"):
         runs.run(tmp_path / "out", seed=1)
 
 

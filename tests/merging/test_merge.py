@@ -487,6 +487,7 @@ def test_output_in_the_way(two):
     (tmp_path / "full/thesis.tex").write_text("mine")
     _refused(tmp_path, "did not make", **folders, output_dir=tmp_path / "full")
     (tmp_path / "there.partial").mkdir()
+    (tmp_path / "there.partial/thesis.tex").write_text("mine")
     with pytest.raises(ValueError, match="not put there by this program"):
         merging.merge_checkpoints(**folders, output_dir=tmp_path / "there", method=Ties())
     assert (tmp_path / "file").read_text() == (tmp_path / "full/thesis.tex").read_text() == "mine"
@@ -570,4 +571,4 @@ def test_an_input_that_vanishes_on_the_way(two, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ValueError, match="expert_1/model.safetensors"):
         merging.merge_checkpoints(**folders, output_dir=tmp_path / "out", method=Averaging())
     assert len(calls) < 40
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "expert_0", "expert_1"]
+    assert not (tmp_path / "out").exists()

@@ -6,8 +6,12 @@ import json
 import pathlib
 import sys
 
+import pytest
+
 import merging
-from launch.pod.local import run_local
+from launch.pod.local import ProcessFailed, run_local
+from merging.engine import journal
+from merging.manifest import OutputError
 from tests import models
 from tests.merging.process_settings import EXPERTS, SETTINGS
 
@@ -34,3 +38,37 @@ def test_two_processes_equal_one(tmp_path: pathlib.Path):
     assert statistics[0]["model"] == statistics[1]["model"]
     manifest = json.loads((tmp_path / "streamed/ties/manifest.json").read_text())
     assert set(manifest["checksums"]) == {name for name, array in base.items() if array.size}
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_stops_both_and_both_go_on(tmp_path: pathlib.Path):
+    base, experts = models.base_and_experts(EXPERTS)
+    folders = models.save_all(tmp_path, base, experts)
+
+    def job(kill_at: int) -> None:
+        command = [sys.executable, "-m", "tests.merging.resume_job", str(tmp_path), str(kill_at)]
+        run_local(command, processes=2, devices=1, timeout_s=300, echo=lambda _: None)
+
+    with pytest.raises(ProcessFailed):
+        job(12)
+    there = [
+        sum("leaf" in record for record in journal.read(path)[1])
+        for path in sorted((tmp_path / "out.partial").glob("journal.*"))
+    ]
+    assert len(there) == 2 and 0 < there[1] < 12
+    with pytest.raises(OutputError, match="processes was 2, is 1"):
+        merging.merge_checkpoints(
+            **folders, output_dir=tmp_path / "out", methods=SETTINGS, shard_bytes=4_000
+        )
+    job(0)
+    told = [json.loads((tmp_path / f"report_{i}.json").read_text()) for i in range(2)]
+    assert [each["kept"] for each in told] == there
+    total = sum(each["pieces"] for each in told)
+    assert f"resuming: {sum(there)} of {total} pieces are there" in told[0]["said"]
+    assert [each["reads"] for each in told] == [1, 1], "the survey was there"
+    merging.merge_checkpoints(**folders, output_dir=tmp_path / "alone", methods=SETTINGS)
+    for name in SETTINGS:
+        got = models.load(tmp_path / "out" / name)
+        assert models.same_bits(got, models.load(tmp_path / "alone" / name)), name
+    manifest = json.loads((tmp_path / "out/ties/manifest.json").read_text())
+    assert (manifest["pieces"], manifest["pieces_resumed"]) == (total, sum(there))

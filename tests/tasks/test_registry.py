@@ -67,6 +67,22 @@ def test_the_evaluator_finds_the_right_answer_right(
     assert all(value == pytest.approx(1.0) or key == "bleu" for key, value in means.items())
 
 
+def test_a_mixture_has_a_form_that_ranks_choices_where_there_are_some(
+    registered, seqio_module: ModuleType
+):
+    from tasks import registry
+
+    infos = registry.task_infos()
+    for name in ("closed_book_qa", "held_out_mini"):
+        ranked = seqio_module.MixtureRegistry.get(f"{name}_rank").tasks
+        expected = {
+            task + "_rank" if infos[task].dataset.metric.startswith("accuracy") else task
+            for task in registry.mixtures()[name]
+        }
+        assert {task.name for task in ranked} == expected
+        assert any(task.endswith("_rank") for task in expected)
+
+
 def test_the_rank_form_scores_choices(registered, seqio_module: ModuleType):
     row = {"validation": element("hellaswag")}
     found = list(seqio_module.test_utils.test_preprocessing("hellaswag_plain_rank", row))

@@ -100,5 +100,5 @@ def test_writer_refuses_what_does_not_fit():
     writer.write("steps", (slice(0, 2),), np.zeros(2, np.int64))
     with pytest.raises(AssertionError, match="elements missing.*'steps': 3"):
         writer.commit()
-    writer.abort()
+    writer.close()
     assert not writer.arrays

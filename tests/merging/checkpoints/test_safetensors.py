@@ -884,8 +884,7 @@ def writer(tmp_path):
     specs = specs_of({"a": np.zeros((4, 3), np.float32), "e": np.zeros((0, 2)), "b": np.zeros(2)})
     writer = Writer(tmp_path, specs, shard_bytes=LARGE_SHARDS)
     yield writer
-    writer.abort()
-    assert not os.listdir(tmp_path), "abort leaves nothing"
+    writer.close()
 
 
 @pytest.mark.parametrize("local", [True, False])
@@ -971,18 +970,6 @@ def test_empty_leaves_may_be_left_out(tmp_path, opened):
     writer.write("d", whole((3, 0)), arrays["d"])
     writer.commit()
     assert_holds(opened(tmp_path), arrays)
-
-
-def test_abort_removes_only_what_it_made(tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "notes.txt").write_text("mine")
-    arrays = {"a": np.ones(2), "b": np.ones(2)}
-    writer = write_all(tmp_path / "out", arrays, shard_bytes=1, carry_from=tmp_path)
-    assert len(os.listdir(tmp_path / "out")) == 5
-    writer.abort()
-    assert os.listdir(tmp_path / "out") == ["notes.txt"]
 
 
 @pytest.mark.parametrize(

@@ -87,22 +87,26 @@ def test_object_storage_is_appended_to_only(tmp_path, monkeypatch):
     with pytest.raises(AssertionError, match="file lacks the bytes from 2 on"):
         sink.close()
     assert (tmp_path / "file").read_bytes() == b"ab"
-    sink.discard()
+    sink.abandon()
 
 
-def test_discard_removes_the_file_in_any_state(path):
-    for state in ("empty", "begun", "closed", "discarded"):
-        sink = ByteSink(path)
-        if state != "empty":
-            sink.write(3, memoryview(CONTENT))
-        if state == "closed":
-            sink.write(0, memoryview(b"abc"))
-            sink.close()
-        if state == "discarded":
-            sink.discard()
-        assert path.exists() == (state != "discarded")
-        sink.discard()
-        assert not path.exists()
+def test_an_abandoned_file_is_kept_and_gone_on_with(tmp_path):
+    path = tmp_path / "file"
+    sink = ByteSink(path)
+    sink.write(3, memoryview(CONTENT))
+    sink.abandon()
+    sink.abandon()
+    again = ByteSink(path, is_kept=True)
+    found = bytearray(len(CONTENT) + 8)
+    again.read_into(3, memoryview(found))
+    assert found == CONTENT + bytes(8)
+    again.keep(len(CONTENT))
+    again.write(0, memoryview(b"abc"))
+    assert again.nbytes == 3 + len(CONTENT)
+    again.close()
+    assert path.read_bytes() == b"abc" + CONTENT
+    ByteSink(path).close()
+    assert path.read_bytes() == b"", "without is_kept it is emptied"
 
 
 def test_short_writes_go_on(tmp_path, monkeypatch):
@@ -123,8 +127,7 @@ def test_a_full_disk_is_named(path):
         sink.write(0, memoryview(CONTENT))
         sink.close()
     assert error.value.errno == errno.ENOSPC
-    sink.discard()
-    assert not path.is_symlink()
+    sink.abandon()
 
 
 def test_a_file_that_can_not_be_made_is_named(path):

@@ -264,11 +264,12 @@ def test_processes_write_one_checkpoint(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["t5x", "t5x_orbax"])
-def test_an_abort_leaves_nothing(tmp_path, kind):
+def test_a_closed_writer_leaves_no_checkpoint(tmp_path, kind):
     writer = FORMATS[kind](tmp_path, memory_reader().specs())
     writer.write("bytes", boxes.whole((25, 10)), ARRAYS["bytes"])
-    writer.abort()
-    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+    writer.close()
+    with pytest.raises(CheckpointError):
+        open_checkpoint(tmp_path)
 
 
 def test_a_state_that_is_not_of_t5x_is_not_kept(tmp_path):
