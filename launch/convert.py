@@ -32,26 +32,32 @@ RUN_FILE = "gin_configs/runs/convert.gin"
 flags.adopt_module_key_flags(gin_config)
 flags.adopt_module_key_flags(devices)
 
-INPUT = flags.DEFINE_string("input", None, "Folder of the checkpoint; short for --gin.INPUT.")
-FORMAT = flags.DEFINE_string(
-    "format", None, "safetensors; the input's if not given; short for --gin.FORMAT."
-)
-LAYOUT = flags.DEFINE_string(
-    "layout", None, "Such as 'stacked(axis=1)'; the input's if not given; short for --gin.LAYOUT."
-)
-OUTPUT = flags.DEFINE_string("output", None, "Folder to be made; short for --gin.OUTPUT_DIR.")
+
+def define_flags() -> None:
+    """Not at import, since other commands have flags of these names."""
+    flags.DEFINE_string("input", None, "Folder of the checkpoint; short for --gin.INPUT.")
+    flags.DEFINE_string(
+        "format", None, "safetensors; the input's if not given; short for --gin.FORMAT."
+    )
+    flags.DEFINE_string(
+        "layout",
+        None,
+        "Such as 'stacked(axis=1)'; the input's if not given; short for --gin.LAYOUT.",
+    )
+    flags.DEFINE_string("output", None, "Folder to be made; short for --gin.OUTPUT_DIR.")
 
 
 def main(joined: devices.Processes) -> None:
     """Converts as the flags say."""
+    values = flags.FLAGS
     if joined.count > 1:
         raise ValueError(f"convert runs in one process, not {joined.count}: start it once")
     files, bindings = gin_config.shorthand(
         {
-            "INPUT": INPUT.value,
-            "FORMAT": FORMAT.value,
-            "LAYOUT": LAYOUT.value,
-            "OUTPUT_DIR": OUTPUT.value,
+            "INPUT": values.input,
+            "FORMAT": values.format,
+            "LAYOUT": values.layout,
+            "OUTPUT_DIR": values.output,
         },
         gin_config.GIN_FILE.value,
         run_file=RUN_FILE,
@@ -88,4 +94,5 @@ def convert(resolved: gin_config.Resolved, *, is_dry_run: bool = False) -> Repor
 
 
 if __name__ == "__main__":
+    define_flags()
     command.run(main)

@@ -39,41 +39,47 @@ RUN_FILE = "gin_configs/runs/merge.gin"
 flags.adopt_module_key_flags(gin_config)
 flags.adopt_module_key_flags(devices)
 
-BASE = flags.DEFINE_string("base", None, "Folder of the base's checkpoint; short for --gin.BASE.")
-EXPERTS = flags.DEFINE_list(
-    "experts",
-    None,
-    "Folders of the experts' checkpoints, with commas between; short for --gin.EXPERTS.",
-)
-METHOD = flags.DEFINE_string(
-    "method",
-    None,
-    "A file of gin_configs/methods without .gin: averaging, task_arithmetic, ties, dare, dare_ties.",
-)
-OUTPUT = flags.DEFINE_string("output", None, "Folder to be made; short for --gin.OUTPUT_DIR.")
-MERGEKIT_CONFIG = flags.DEFINE_string(
-    "mergekit_config", None, "A YAML file of mergekit, in place of --base, --experts and --method."
-)
+
+def define_flags() -> None:
+    """Not at import, since other commands have flags of these names."""
+    flags.DEFINE_string("base", None, "Folder of the base's checkpoint; short for --gin.BASE.")
+    flags.DEFINE_list(
+        "experts",
+        None,
+        "Folders of the experts' checkpoints, with commas between; short for --gin.EXPERTS.",
+    )
+    flags.DEFINE_string(
+        "method",
+        None,
+        "A file of gin_configs/methods without .gin: averaging, task_arithmetic, ties, dare, dare_ties.",
+    )
+    flags.DEFINE_string("output", None, "Folder to be made; short for --gin.OUTPUT_DIR.")
+    flags.DEFINE_string(
+        "mergekit_config",
+        None,
+        "A YAML file of mergekit, in place of --base, --experts and --method.",
+    )
 
 
 def main(joined: devices.Processes) -> None:
     """Merges as the flags say."""
+    values = flags.FLAGS
     files, bindings = shorthand(
-        base=BASE.value,
-        experts=EXPERTS.value,
-        method=METHOD.value,
-        output=OUTPUT.value,
+        base=values.base,
+        experts=values.experts,
+        method=values.method,
+        output=values.output,
         files=gin_config.GIN_FILE.value,
     )
-    if MERGEKIT_CONFIG.value is not None:
-        if (BASE.value, EXPERTS.value, METHOD.value) != (None, None, None):
+    if values.mergekit_config is not None:
+        if (values.base, values.experts, values.method) != (None, None, None):
             raise ValueError(
                 "--mergekit_config names base, experts and method: leave out --base, --experts and --method"
             )
-        found, notes = mergekit_bindings(MERGEKIT_CONFIG.value)
+        found, notes = mergekit_bindings(values.mergekit_config)
         bindings += found
         if joined.index == 0:
-            print("".join(f"# {MERGEKIT_CONFIG.value}: {note}\n" for note in notes), end="")
+            print("".join(f"# {values.mergekit_config}: {note}\n" for note in notes), end="")
     bindings += gin_config.GIN_BINDINGS.value
     resolved = configured(files, bindings, search_paths=gin_config.GIN_SEARCH_PATHS.value)
     merge(resolved, is_dry_run=gin_config.DRY_RUN.value, is_shown=joined.index == 0)
@@ -144,4 +150,5 @@ def merge(
 
 
 if __name__ == "__main__":
+    define_flags()
     command.run(main)

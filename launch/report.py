@@ -27,18 +27,22 @@ RUN_FILE = "gin_configs/runs/report.gin"
 
 flags.adopt_module_key_flags(gin_config)
 
-STUDY = flags.DEFINE_string("study", None, "Folder of the study; short for --gin.STUDY_DIR.")
-OUTPUT = flags.DEFINE_string(
-    "output", None, "Folder to be made, default `report` in it; short for --gin.OUTPUT_DIR."
-)
+
+def define_flags() -> None:
+    """Not at import, since other commands have flags of these names."""
+    flags.DEFINE_string("study", None, "Folder of the study; short for --gin.STUDY_DIR.")
+    flags.DEFINE_string(
+        "output", None, "Folder to be made, default `report` in it; short for --gin.OUTPUT_DIR."
+    )
 
 
 def main(joined: devices.Processes) -> None:
     """Reports as the flags say."""
+    values = flags.FLAGS
     if joined.count > 1:
         raise ValueError(f"report runs in one process, not {joined.count}: start it once")
     files, bindings = gin_config.shorthand(
-        {"STUDY_DIR": STUDY.value, "OUTPUT_DIR": OUTPUT.value},
+        {"STUDY_DIR": values.study, "OUTPUT_DIR": values.output},
         gin_config.GIN_FILE.value,
         run_file=RUN_FILE,
     )
@@ -74,4 +78,5 @@ def report(resolved: gin_config.Resolved, *, is_dry_run: bool = False) -> Report
 
 
 if __name__ == "__main__":
+    define_flags()
     command.run(main)

@@ -31,11 +31,14 @@ RUN_FILE = "gin_configs/runs/study.gin"
 flags.adopt_module_key_flags(gin_config)
 flags.adopt_module_key_flags(devices)
 
-STUDY = flags.DEFINE_string("study", None, "A file of gin_configs/studies without .gin.")
-OUTPUT = flags.DEFINE_string("output", None, "The study's folder; short for --gin.OUTPUT_DIR.")
-WORKER = flags.DEFINE_integer("worker", 0, "Which worker this is, from 0.", lower_bound=0)
-NUM_WORKERS = flags.DEFINE_integer("num_workers", 1, "How many share a phase.", lower_bound=1)
-STATUS = flags.DEFINE_bool("status", False, "Print what is there and what is missing, and end.")
+
+def define_flags() -> None:
+    """Not at import, since other commands have flags of these names."""
+    flags.DEFINE_string("study", None, "A file of gin_configs/studies without .gin.")
+    flags.DEFINE_string("output", None, "The study's folder; short for --gin.OUTPUT_DIR.")
+    flags.DEFINE_integer("worker", 0, "Which worker this is, from 0.", lower_bound=0)
+    flags.DEFINE_integer("num_workers", 1, "How many share a phase.", lower_bound=1)
+    flags.DEFINE_bool("status", False, "Print what is there and what is missing, and end.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,20 +68,21 @@ EVERY_PHASE = ("bases", "experts", "cells", "report")
 
 def main(joined: devices.Processes) -> None:
     """Runs what the flags say."""
+    values = flags.FLAGS
     files, bindings = gin_config.shorthand(
-        {"OUTPUT_DIR": OUTPUT.value},
+        {"OUTPUT_DIR": values.output},
         gin_config.GIN_FILE.value,
         run_file=RUN_FILE,
-        more=[f"gin_configs/studies/{STUDY.value}.gin"] if STUDY.value else [],
+        more=[f"gin_configs/studies/{values.study}.gin"] if values.study else [],
     )
     bindings += gin_config.GIN_BINDINGS.value
     resolved = configured(files, bindings, search_paths=gin_config.GIN_SEARCH_PATHS.value)
     study(
         resolved,
         joined,
-        worker=WORKER.value,
-        num_workers=NUM_WORKERS.value,
-        is_dry_run=gin_config.DRY_RUN.value or STATUS.value,
+        worker=values.worker,
+        num_workers=values.num_workers,
+        is_dry_run=gin_config.DRY_RUN.value or values.status,
     )
 
 
@@ -162,4 +166,5 @@ def study(
 
 
 if __name__ == "__main__":
+    define_flags()
     command.run(main)
