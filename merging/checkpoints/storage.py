@@ -258,6 +258,11 @@ def _remote_errors(path: epath.PathLike) -> Iterator[None]:
 _CLIENTS = ("gcsfs", "aiohttp", "google")
 
 
+def absolute(path: epath.PathLike) -> epath.Path:
+    """The same place from whatever folder one works in: Orbax refuses relative paths, only when it writes."""
+    return epath.Path(os.path.abspath(path) if is_local(path) else path)
+
+
 # Bytes after which a local disk is told to begin writing them. Left alone, Linux keeps up to a tenth of memory dirty and
 # then stalls the writer, or the final sync, for all of it. Smaller: more calls for nothing. Larger: longer bursts, for
 # which the next writes wait (64 MiB: four times as long as 16), and the last, which nothing overlaps, grows.

@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from merging.checkpoints.format import CheckpointError
+from merging.checkpoints.storage import absolute
 
 STATE, PROGRESS = "state", "progress"
 
@@ -56,7 +57,7 @@ class Checkpoints:
         keep_best: bool = False,
         log: Callable[[str], None],
     ):
-        self._folder = epath.Path(folder)
+        self._folder = absolute(folder)
         self._log = log
         self.keeps_best = keep_best
         policy = ocp.checkpoint_managers
@@ -146,7 +147,7 @@ class Checkpoints:
 
 def read_state(step_folder: epath.PathLike, like: Any) -> Restored:
     """The state of one step of any run, whose folder is not touched. Raises CheckpointError where it isn't such a state."""
-    folder = epath.Path(step_folder)
+    folder = absolute(step_folder)
     handler = ocp.CompositeCheckpointHandler(STATE, PROGRESS)
     with contextlib.closing(ocp.Checkpointer(handler)) as checkpointer:
         try:

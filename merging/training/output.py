@@ -8,7 +8,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 from etils import epath
 
-from merging.checkpoints import boxes, open_checkpoint, open_writer
+from merging.checkpoints import boxes, open_checkpoint, open_writer, storage
 from merging.checkpoints.layout_reader import LayoutReader
 from merging.engine import hosts
 from merging.models import huggingface, model_file
@@ -52,7 +52,7 @@ def _save(path: epath.Path, params: Any) -> None:
     hosts.wait_for_all(f"room for {path}")
     handler = ocp.PyTreeCheckpointHandler(use_compression=False)
     with contextlib.closing(ocp.Checkpointer(handler)) as checkpointer:
-        checkpointer.save(path, args=ocp.args.PyTreeSave(params))
+        checkpointer.save(storage.absolute(path), args=ocp.args.PyTreeSave(params))
 
 
 def _as_safetensors(

@@ -48,6 +48,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return folder
 
 
+def test_a_relative_output(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    runs.run(pathlib.Path("some/out"), train_steps=2, checkpoint_every=1)
+    assert (tmp_path / "some/out/manifest.json").exists()
+
+
 def same_bits(one: pathlib.Path, two: pathlib.Path) -> None:
     first, second = runs.params(one), runs.params(two)
     assert first.keys() == second.keys()
