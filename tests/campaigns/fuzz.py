@@ -307,7 +307,8 @@ def _read_manifest(folder: pathlib.Path) -> None:
 
     manifest.is_done(folder, _IDENTITY)
     collections.deque(show.shown([str(folder)], is_verified=True), maxlen=0)
-    manifest.Staging(folder / "out").resume(_IDENTITY)
+    with contextlib.closing(manifest.Staging(folder / "out")) as staging:
+        staging.resume(_IDENTITY)
 
 
 # Faults, for the tests to see that they are found: --only=planted.

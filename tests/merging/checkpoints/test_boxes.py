@@ -80,7 +80,7 @@ def test_memory_is_what_was_told():
             waiting.append(parts.pop(0))
         index = waiting.pop(rng.randrange(len(waiting)))
         assembler.put(index, np.zeros([p.stop - p.start for p in index], np.int32))
-        most = max(most, sum(buffer.nbytes for buffer, _ in assembler._open.values()))
+        most = max(most, sum(buffer.nbytes for buffer, *_ in assembler._open.values()))
     window = 60 * 25 * 4
     told = boxes.held_bytes({"x": spec}, chunk_bytes=chunk_bytes, window_bytes=window, threads=0)
     assert 0 < most <= told
