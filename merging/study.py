@@ -609,6 +609,7 @@ class _Making:
         tasks, tasks_identity = self._tasks
         family = _Family(self.plan, size, base, self._mesh, self._counted)
         evaluator = self._evaluator(family.config)
+        family.read()
         if not self.places.vectors(size, base).exists():
             with self._counted("merge"):
                 self._write_vectors(family)
@@ -623,15 +624,10 @@ class _Making:
             ids = [item.label for item in group]
             begun = time.perf_counter()
             with self._counted("evaluate"):
-                if at_once == 1:
-                    results = [evaluator(params[0], ids[0])]
-                else:
-                    filled = params + params[-1:] * (at_once - len(group))
-                    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *filled)
-                    results = evaluator.many(stacked, ids + ids[-1:] * (at_once - len(group)))
+                results = _evaluated(evaluator, params, ids, at_once)
             evaluated_in = (time.perf_counter() - begun) / len(group)
             with self._counted("write"):
-                for item, seconds, of_model in zip(group, merged_in, results, strict=False):
+                for item, seconds, of_model in zip(group, merged_in, results, strict=True):
                     record = {
                         **manifest.provenance(
                             family.identity(item.name, tasks_identity, self.settings)
@@ -665,6 +661,18 @@ class _Making:
             put_file(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
+def _evaluated(
+    evaluator: Evaluator, params: Sequence[Any], ids: Sequence[str], at_once: int
+) -> list[list[Result]]:
+    """The results of each model. Of several by one step, a last group is filled up with copies: nothing is compiled for it."""
+    if at_once == 1:
+        return [evaluator(params[0], ids[0])]
+    missing = at_once - len(ids)
+    filled = [*params, *params[-1:] * missing]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *filled)
+    return evaluator.many(stacked, [*ids, *ids[-1:] * missing])[: len(ids)]
+
+
 class _Family:
     """The models of one size and base: base and experts in memory, read when first asked for; merges made of them."""
 
@@ -685,6 +693,10 @@ class _Family:
     def _read(self, folder: epath.Path) -> Any:
         with self._counted("read"):
             return read_params(folder, self.config, self._mesh)
+
+    def read(self) -> None:
+        """Base and experts now, so that no merge's time has theirs in it."""
+        _ = self.base, self.experts
 
     @functools.cached_property
     def base(self) -> Any:
