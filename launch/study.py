@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from launch import command, devices, exit_codes, gin_config, preemption
+from launch.chips import CHIPS
 from launch.progress import Studying
 from launch.study_data import Sources, check_mixtures, study_data
 
@@ -39,6 +40,9 @@ def define_flags() -> None:
     flags.DEFINE_integer("worker", 0, "Which worker this is, from 0.", lower_bound=0)
     flags.DEFINE_integer("num_workers", 1, "How many share a phase.", lower_bound=1)
     flags.DEFINE_bool("status", False, "Print what is there and what is missing, and end.")
+    flags.DEFINE_bool("plan", False, "Print what it will cost, and end.")
+    flags.DEFINE_enum("chip", "v5e", sorted(CHIPS), "For --plan: whose published peak.")
+    flags.DEFINE_float("mfu", 0.4, "For --plan: the share of the peak that is reached.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,6 +81,9 @@ def main(joined: devices.Processes) -> None:
     )
     bindings += gin_config.GIN_BINDINGS.value
     resolved = configured(files, bindings, search_paths=gin_config.GIN_SEARCH_PATHS.value)
+    if values.plan:
+        print(priced(resolved, values.chip, values.mfu))
+        return
     study(
         resolved,
         joined,
@@ -112,6 +119,17 @@ def configured(
     resolved = gin_config.resolve(Settings, name="study")
     arguments["settings"] = Settings(**resolved.arguments)
     return gin_config.Resolved(arguments=arguments, text=resolved.text)
+
+
+def priced(resolved: gin_config.Resolved, chip: str, mfu: float) -> str:
+    """What the study is made of and what it will cost."""
+    from launch.study_price import described, prices
+    from merging import study as stage
+
+    sources = resolved.arguments["sources"]
+    data = study_data(sources, resolved.arguments["tasks"])
+    planned = stage.plan(resolved.arguments["settings"], data)
+    return f"{planned.describe()}\n\n{described(prices(planned, sources), chip, mfu)}"
 
 
 def study(

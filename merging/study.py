@@ -202,6 +202,13 @@ class Plan:
                 found.setdefault(cell.model, cell)
         return found
 
+    def config(self, size: str) -> DecoderConfig:
+        """Of a size's models; read from a base where the study does not say it."""
+        config = self.settings.sizes[size]
+        if config is not None:
+            return config
+        return model_file.describe(self.base_folder(size, next(iter(self.settings.bases)))).config
+
     def base_folder(self, size: str, base: str) -> epath.Path:
         """Where the base is: made here, or a checkpoint that was there."""
         return base_folder(self.settings, self.places, size, base)
@@ -451,7 +458,7 @@ def _description(planned: Plan) -> dict[str, Any]:
     return study_file.described(
         name=s.name,
         question=s.question,
-        sizes={size: _num_params(planned, size) for size in s.sizes},
+        sizes={size: planned.config(size).num_params() for size in s.sizes},
         bases=list(s.bases),
         methods={name: repr(method) for name, method in s.methods.items()},
         num_experts=s.num_experts,
@@ -459,14 +466,6 @@ def _description(planned: Plan) -> dict[str, Any]:
         categories=planned.data.categories,
         cells=planned.cells,
     )
-
-
-def _num_params(planned: Plan, size: str) -> int:
-    config = planned.settings.sizes[size]
-    if config is None:
-        base = next(iter(planned.settings.bases))
-        config = model_file.describe(planned.base_folder(size, base)).config
-    return config.num_params()
 
 
 def _check_needs(phase: str, items: Sequence[Item]) -> None:

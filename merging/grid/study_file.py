@@ -85,7 +85,7 @@ def described(
     *,
     name: str,
     question: str,
-    sizes: Mapping[str, int | None],
+    sizes: Mapping[str, int],
     bases: Sequence[str],
     methods: Mapping[str, str],
     num_experts: Sequence[int],
@@ -93,7 +93,7 @@ def described(
     categories: Mapping[str, Category],
     cells: Sequence[Cell],
 ) -> dict[str, Any]:
-    """The content of study.json; `sizes` gives numbers of parameters, None where they aren't known yet."""
+    """The content of study.json; `sizes` gives numbers of parameters."""
     return {
         "version": VERSION,
         "name": name,
