@@ -39,6 +39,7 @@ INSTALL_REQUIRES = [
 # No torch here: what compares with other programs is in `peers`, and its tests skip where that is absent.
 TEST = [
     "pytest>=9.0",
+    "pytest-xdist>=3.8",  # tests/run.sh: compiling keeps one core busy, so two processes take little more than half the time
     "google-crc32c>=1.9.0",  # the checksum by another implementation
     "hypothesis>=6.170",
     "beartype>=0.23",

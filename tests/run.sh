@@ -6,6 +6,7 @@
 #   --lint  first ruff check and ruff format --check
 #   --slow  all tests: those marked slow too, and those that compare with other programs (installs `peers` and `tpu`)
 #
+# MERGING_TEST_WORKERS      processes that share the tests, file by file; default 2; 0 runs them in this one (for --pdb)
 # MERGING_VENV              where the environment lies; default .venv
 # MERGING_REAL_DATA         folder of real inputs; default ../shared/real; empty or absent: tests of them skip
 # MERGING_REAL_CHECKPOINTS  where the real checkpoints are kept that its make_checkpoints.py makes (0.8 GB)
@@ -56,4 +57,4 @@ else
   echo "No real data (MERGING_REAL_DATA): tests of real checkpoints will skip." >&2
 fi
 
-"$python" -m pytest ${selected[@]+"${selected[@]}"} "$@"
+"$python" -m pytest --numprocesses="${MERGING_TEST_WORKERS:-2}" --dist=loadfile ${selected[@]+"${selected[@]}"} "$@"
