@@ -3,51 +3,62 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
 from launch import devices, study
 
+REPOSITORY = pathlib.Path(__file__).parents[2]
 TINY = [
-    "mini_m/named.name = 'mini_xs'",
+    "mini_m/named.name='mini_xs'",
     *(
-        f"{scope}/Training.train_steps = 2"
+        f"{scope}/Training.train_steps=2"
         for scope in ("pretrain", "instruct", "expert", "multitask")
     ),
     *(
-        f"{scope}/Training.batch_size = 2"
+        f"{scope}/Training.batch_size=2"
         for scope in ("pretrain", "instruct", "expert", "multitask")
     ),
-    "METHODS = {'averaging': @Averaging(), 'ties': @Ties()}",
-    "NUM_EXPERTS = (2,)",
-    "LIMIT = 2",
-    "SHAPES = 1",
+    "METHODS={'averaging': @Averaging(), 'ties': @Ties()}",
+    "NUM_EXPERTS=(2,)",
+    "LIMIT=2",
+    "SHAPES=1",
 ]
 FILES = ["gin_configs/runs/study.gin", "gin_configs/studies/quick.gin"]
 
 
 @pytest.mark.slow
-def test_quick_study_from_nothing_to_the_report(
-    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    bindings = [*TINY, f"OUTPUT_DIR = {str(tmp_path / 'study')!r}"]
-    study.study(study.configured(FILES, bindings), devices.Processes())
-    told = capsys.readouterr().out
+def test_quick_study_from_nothing_to_the_report(tmp_path: pathlib.Path):
+    told = run(tmp_path)
     assert "made       1 bases, 18 experts, 24 cells" in told
     assert "scores of 24 of 24 models" in told
-    found = json.loads((tmp_path / "study/report/report.json").read_text())
-    assert found
+    assert json.loads((tmp_path / "study/report/report.json").read_text())
     assert (tmp_path / "study/report/index.html").stat().st_size > 10_000
-    study.study(study.configured(FILES, bindings), devices.Processes())
-    assert "made       0 bases, 0 experts, 0 cells" in capsys.readouterr().out
+    assert "made       0 bases, 0 experts, 0 cells" in run(tmp_path)
+
+
+def run(place: pathlib.Path) -> str:
+    """What the command prints, which works in a folder of its own with a relative output."""
+    command = [sys.executable, "-m", "launch.study", "--study=quick", "--output=study"]
+    command += [f"--gin.{binding}" for binding in TINY]
+    environment = os.environ | {
+        "PYTHONPATH": str(REPOSITORY),
+        "XDG_CACHE_HOME": str(place / "cache"),
+    }
+    environment.pop("XLA_FLAGS", None)
+    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
 
 
 @pytest.mark.parametrize(
     ("binding", "match"),
     [
-        ("METHODS = {'mine': @Mine()}", "Mine"),
+        ("METHODS={'mine': @Mine()}", "Mine"),
         ("mini_m/named.name = 'mini_xxl'", "there is no size 'mini_xxl'"),
         ("NUM_EXPERTS = (2, 9)", "there are 8 held-in categories"),
         ("COLLECTION = 'maxi'", "COLLECTION is 'maxi'"),
