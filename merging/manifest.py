@@ -85,7 +85,7 @@ class Staging:
         output.
         """
         self._hold()
-        then = self._marked()
+        then = unfinished(self.folder)
         if then is None or (if_there is not None and not if_there.exists()):
             self.create(what)
             return False
@@ -135,6 +135,8 @@ class Staging:
         if self._lock is not None:
             return
         marker = self.folder / MARKER
+        if is_local(marker) and os.path.islink(marker):
+            raise OutputError(f"{marker} is a link, which this program never makes: remove it")
         if self.folder.exists() and not marker.exists():
             if any(self.folder.iterdir()):  # an empty one is of a run that was killed here
                 raise OutputError(
@@ -169,13 +171,6 @@ class Staging:
     def _mark(self, what: Mapping[str, Any]) -> None:
         put_file(self.folder / MARKER, json.dumps(what, indent=1).encode())
 
-    def _marked(self) -> Any:
-        """What the marker says; None where a run was stopped before it was whole, and so before anything else was there."""
-        try:
-            return load_json(small_file(self.folder / MARKER, _MAX_MANIFEST_BYTES), MARKER)
-        except ValueError:
-            return None
-
     def _clear(self) -> None:
         """Removes all but the marker, which goes last: what lies in a folder without one is not ours."""
         for path in list(self.folder.iterdir()):
@@ -200,6 +195,14 @@ class Staging:
 def _is_at(handle: BinaryIO, path: epath.Path) -> bool:
     """Whether an open file is the one that has this name now."""
     return path.exists() and os.path.samestat(os.fstat(handle.fileno()), os.stat(path))
+
+
+def unfinished(folder: epath.Path) -> Any:
+    """What the marker of a staging folder says; None where a run was stopped before it was whole, and so before anything else."""
+    try:
+        return load_json(small_file(folder / MARKER, _MAX_MANIFEST_BYTES), MARKER)
+    except ValueError:
+        return None
 
 
 def refuse_other(folder: epath.Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -307,8 +307,10 @@ def _read_manifest(folder: pathlib.Path) -> None:
 
     manifest.is_done(folder, _IDENTITY)
     collections.deque(show.shown([str(folder)], is_verified=True), maxlen=0)
-    with contextlib.closing(manifest.Staging(folder / "out")) as staging:
-        staging.resume(_IDENTITY)
+    staging = epath.Path(folder / "out.partial")
+    then = manifest.unfinished(staging)
+    if then is not None:
+        manifest.refuse_other(staging, then, _IDENTITY)
 
 
 # Faults, for the tests to see that they are found: --only=planted.
