@@ -10,7 +10,7 @@ import os
 import pathlib
 import sys
 
-from launch import devices, preemption
+from launch import devices, exit_codes, preemption
 
 
 def main(output: str, changes: str, mesh: str) -> None:
@@ -31,7 +31,7 @@ def main(output: str, changes: str, mesh: str) -> None:
             **json.loads(changes),
         )
     except Interrupted:
-        devices.end(preemption.EXIT_CODE, joined)
+        devices.end(exit_codes.PREEMPTED, joined)
     print("whole", flush=True)
 
 
