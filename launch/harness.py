@@ -33,7 +33,7 @@ from merging.evaluation.examples import Example, Task
 from merging.models.config import DecoderConfig
 from merging.models.families import model_of
 from merging.models.parameters import read_params
-from merging.partitioning import MeshShape
+from merging.partitioning import mesh_of
 
 RESULTS = "harness.json"
 
@@ -265,7 +265,7 @@ def evaluate(
         return json.loads((output / RESULTS).read_text())
     if is_dry_run:
         return None
-    mesh = (settings.mesh or MeshShape.of_all_devices()).mesh()
+    mesh = mesh_of(settings.mesh)
     found = {}
     for model_id, config in configs.items():
         model = HarnessModel(

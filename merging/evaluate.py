@@ -25,7 +25,7 @@ from merging.models import model_file
 from merging.models.config import DecoderConfig
 from merging.models.families import family_of, model_of
 from merging.models.parameters import as_model, read_params
-from merging.partitioning import MeshShape
+from merging.partitioning import MeshShape, mesh_of
 
 # Padded tokens of one model after which its scores so far are put on disk, at the next end of a task.
 SAVE_TOKENS = 4_000_000
@@ -236,7 +236,7 @@ def _run(
         log(f"goes on from {staging.folder}")
     hosts.wait_for_all("staged")
     file = ScoresFile(staging.folder / SCORES)
-    mesh = (settings.mesh or MeshShape.of_all_devices()).mesh()
+    mesh = mesh_of(settings.mesh)
     evaluators: dict[DecoderConfig, Evaluator] = {}
     ties = examples = 0
     total = planned.examples

@@ -150,6 +150,12 @@ class MeshShape:
         return Mesh(laid, self.axes)
 
 
+def mesh_of(mesh: MeshShape | Mesh | None) -> Mesh:
+    """A mesh of devices from what a stage may be given; None: all devices along the data axis."""
+    mesh = mesh or MeshShape.of_all_devices()
+    return mesh.mesh() if isinstance(mesh, MeshShape) else mesh
+
+
 @contextlib.contextmanager
 def use(mesh: Mesh) -> Iterator[None]:
     """Within it, models constrain their activations by `RULES` on this mesh: trace and call jitted functions here."""

@@ -42,7 +42,7 @@ from merging.models import model_file
 from merging.models.config import DecoderConfig
 from merging.models.families import family_of, model_of
 from merging.models.parameters import read_params
-from merging.partitioning import MeshShape
+from merging.partitioning import MeshShape, mesh_of
 from merging.training.optimizer import adamw
 from merging.training.settings import Optimizer
 
@@ -587,8 +587,7 @@ class _Making:
 
     @functools.cached_property
     def _mesh(self) -> jax.sharding.Mesh:
-        mesh = self.settings.mesh or MeshShape.of_all_devices()
-        return mesh.mesh() if isinstance(mesh, MeshShape) else mesh
+        return mesh_of(self.settings.mesh)
 
     @functools.lru_cache(maxsize=1)  # sizes come one after another  # noqa: B019
     def _evaluator(self, config: DecoderConfig) -> Evaluator:

@@ -22,7 +22,6 @@ from merging.models import model_file
 from merging.models.config import DecoderConfig, PalmConfig
 from merging.models.decoder import abstract_params, boxed_params
 from merging.models.families import model_of
-from merging.partitioning import MeshShape
 from merging.paths import is_like, of_leaves
 from merging.training import initial as starts
 from merging.training.feed import Placement
@@ -104,8 +103,7 @@ def plan(settings: Settings, mixtures: Sequence[Mixture], *, is_one: bool = True
         settings = dataclasses.replace(settings, params_path=starts.STATE_PARAMS)
     config, vocabulary = _model(settings, mixtures)
     _check_model(settings, config)
-    mesh = settings.mesh or MeshShape(data=jax.device_count())
-    mesh = mesh.mesh() if isinstance(mesh, MeshShape) else mesh
+    mesh = partitioning.mesh_of(settings.mesh)
     partitioning.shardings(boxed_params(model_of(config)), mesh)
     Placement(
         mesh,
