@@ -36,7 +36,16 @@ from merging.evaluation.examples import Task
 from merging.finetune import Mixture
 from merging.grid import study_file
 from merging.grid.cells import Cell, cells
-from merging.grid.study_file import HELD_IN, INSTRUCTION_TUNED, PRETRAINED, Category, Places
+from merging.grid.study_file import (
+    BASE,
+    HELD_IN,
+    INSTRUCTION_TUNED,
+    MULTITASK,
+    PRETRAINED,
+    Category,
+    Places,
+    expert,
+)
 from merging.methods.method import Method
 from merging.models import model_file
 from merging.models.config import DecoderConfig
@@ -47,7 +56,6 @@ from merging.training.optimizer import adamw
 from merging.training.settings import Optimizer
 
 PHASES = ("bases", "experts", "cells")
-BASE, MULTITASK = "base", "multitask"
 
 
 class InputMissing(ValueError):
@@ -357,7 +365,7 @@ def _models(planned: Plan) -> list[Item]:
         for base in s.bases
         for model in (
             BASE,
-            *(f"expert_{category}" for category in planned.held_in),
+            *map(expert, planned.held_in),
             *([MULTITASK] if s.multitask is not None else []),
             *planned.merges(size, base),
         )
@@ -713,7 +721,7 @@ class _Family:
         folders = {BASE: self.folder}
         for category in self.plan.held_in:
             folder = self.plan.expert_folder(self.size, self.base_name, category)
-            folders[f"expert_{category}"] = folder
+            folders[expert(category)] = folder
         if self.plan.settings.multitask is not None:
             folders[MULTITASK] = self.plan.places.multitask(self.size, self.base_name)
         found = {}
@@ -739,7 +747,7 @@ class _Family:
                     seed=cell.seed,
                     stacked=model_file.stacked_of(self.config),
                 )
-        return self.experts[model.removeprefix("expert_")]
+        return self.experts[model.removeprefix(expert(""))]
 
     def identity(self, model: str, tasks: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
         """All that the scores of a model depend on, as JSON."""
@@ -753,7 +761,7 @@ class _Family:
         if model not in self._merges:
             return identity | {"inputs": {model: self._digests[model]}}
         cell = self._merges[model]
-        names = [BASE, *(f"expert_{category}" for category in cell.categories)]
+        names = [BASE, *map(expert, cell.categories)]
         return identity | {
             "method": repr(settings.methods[cell.method]),
             "seed": cell.seed,

@@ -14,7 +14,7 @@ import numpy as np
 
 from merging.grid.bootstrap import Draws
 from merging.grid.results import Dataset, Results
-from merging.grid.study_file import HELD_IN, HELD_OUT
+from merging.grid.study_file import BASE, HELD_IN, HELD_OUT, MULTITASK, expert
 
 # Axes of a grid's arrays, behind the one over draws.
 AXES = ("size", "base", "method", "num_experts", "seed")
@@ -101,7 +101,7 @@ def relative(results: Results, setting: str) -> Relative:
             merged[at] = [name in cell.categories for name in categories]
     reference = np.stack([[_reference(results, s, b) for b in bases] for s in sizes])
     multitask = np.stack(
-        [[results.raw[results.rows[s, b, "multitask"]] for b in bases] for s in sizes]
+        [[results.raw[results.rows[s, b, MULTITASK]] for b in bases] for s in sizes]
     )
     raw = np.where(rows[..., None] >= 0, results.raw[rows], np.nan)
     # A category has an expert in the merge, or is held out.
@@ -181,7 +181,7 @@ def _reference(results: Results, size: str, base: str) -> list[float]:
     """[D]: the raw score that a dataset's ratio has below the line."""
     return [
         results.raw[
-            results.rows[size, base, f"expert_{each.category}" if each.role == HELD_IN else "base"],
+            results.rows[size, base, expert(each.category) if each.role == HELD_IN else BASE],
             column,
         ]
         for column, each in enumerate(results.study.datasets)

@@ -20,7 +20,7 @@ from merging import manifest
 from merging.evaluation.collect import SCORES, Score, ScoresFile
 from merging.grid import study_file
 from merging.grid.cells import Cell
-from merging.grid.study_file import HELD_IN
+from merging.grid.study_file import BASE, HELD_IN, MULTITASK, Places, expert
 
 LOSS = "nats_per_token"
 
@@ -79,7 +79,7 @@ class Study:
     def models(self) -> list[Model]:
         """All models that have scores, once each: base, experts, multitask and merges of every size and base."""
         held_in = [name for name, role in self.roles.items() if role == HELD_IN]
-        trained = ["base", *(f"expert_{name}" for name in held_in), "multitask"]
+        trained = [BASE, *map(expert, held_in), MULTITASK]
         merged = dict.fromkeys((cell.size, cell.base, cell.model) for cell in self.cells)
         return [
             *((size, base, name) for size in self.sizes for base in self.bases for name in trained),
@@ -142,17 +142,18 @@ def read(folder: epath.PathLike) -> Results:
     """
     folder = epath.Path(folder)
     study = _read_study(folder)
+    places = Places(root=folder)
     scores, manifests = {}, {}
     for model in study.models:
-        place = "/".join(("scores", *model))
-        scores[model] = ScoresFile(folder / place / SCORES).scores
+        place = places.scores(*model)
+        scores[model] = ScoresFile(place / SCORES).scores
         _add_manifest(manifests, folder, place)
     for size in study.sizes:
         for base in study.bases:
-            trained = folder / "models" / size / base
+            trained = places.models(size, base)
             for depth in ("*", "*/*"):  # experts that one run trained share a folder
                 for path in sorted(trained.glob(f"{depth}/{manifest.MANIFEST}")):
-                    _add_manifest(manifests, folder, str(path.parent.relative_to(folder)))
+                    _add_manifest(manifests, folder, path.parent)
     raw, stderr, spread, chance = _arrays(study, list(scores.values()))
     return Results(
         study=study,
@@ -263,7 +264,7 @@ def parse(found: Mapping[str, Any]) -> Study:
 def _read_vectors(folder: epath.Path, study: Study) -> Iterable[tuple[tuple[str, str], Vectors]]:
     for size in study.sizes:
         for base in study.bases:
-            path = folder / "vectors" / size / f"{base}.json"
+            path = Places(root=folder).vectors(size, base)
             if path.exists():
                 found = _json(path)
                 experts = tuple(found["experts"])
@@ -276,10 +277,12 @@ def _read_vectors(folder: epath.Path, study: Study) -> Iterable[tuple[tuple[str,
                 yield (size, base), Vectors(experts=experts, **arrays)
 
 
-def _add_manifest(found: dict[str, Mapping[str, Any]], folder: epath.Path, place: str) -> None:
-    read_here = manifest.read(folder / place)
+def _add_manifest(
+    found: dict[str, Mapping[str, Any]], folder: epath.Path, place: epath.Path
+) -> None:
+    read_here = manifest.read(place)
     if read_here is not None:
-        found[place] = read_here
+        found[place.relative_to(folder).as_posix()] = read_here
 
 
 def _json(path: epath.Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from merging.grid.results import Results
-from merging.grid.study_file import HELD_IN
+from merging.grid.study_file import HELD_IN, expert
 
 FITTED_ON = (1, 2, 4)
 
@@ -95,7 +95,7 @@ def points(results: Results, base: str, method: str, setting: str) -> list[Point
     study = results.study
     models: dict[tuple[str, int], set[str]] = {}
     for size in study.sizes:
-        experts = [f"expert_{name}" for name, role in study.roles.items() if role == HELD_IN]
+        experts = [expert(name) for name, role in study.roles.items() if role == HELD_IN]
         models[size, 1] = set(experts)
     for cell in study.cells:
         if (cell.base, cell.method, cell.setting) == (base, method, setting):

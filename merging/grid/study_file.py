@@ -17,6 +17,18 @@ FILE = "study.json"
 VERSION = 1
 HELD_IN, HELD_OUT = "held_in", "held_out"
 PRETRAINED, INSTRUCTION_TUNED = "pretrained", "instruction_tuned"
+# The names of a size and base's models that are not merged; `expert` gives the others.
+BASE, MULTITASK = "base", "multitask"
+
+
+def expert(category: str) -> str:
+    """The name of a category's expert."""
+    return f"expert_{category}"
+
+
+def is_trained(model: str) -> bool:
+    """Whether a model of this name is trained, not merged."""
+    return model in (BASE, MULTITASK) or model.startswith(expert(""))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,17 +67,21 @@ class Places:
 
     root: epath.Path
 
+    def models(self, size: str, base: str) -> epath.Path:
+        """The folder of all that is trained."""
+        return self.root / "models" / size / base
+
     def base(self, size: str, base: str) -> epath.Path:
         """The checkpoint of a base."""
-        return self.root / "models" / size / base / "base"
+        return self.models(size, base) / BASE
 
     def multitask(self, size: str, base: str) -> epath.Path:
         """The checkpoint of a multitask model."""
-        return self.root / "models" / size / base / "multitask"
+        return self.models(size, base) / MULTITASK
 
     def experts(self, size: str, base: str, group: int) -> epath.Path:
         """The folder of experts that are trained by one run, each in a folder of its category."""
-        return self.root / "models" / size / base / f"experts_{group}"
+        return self.models(size, base) / f"experts_{group}"
 
     def scores(self, size: str, base: str, model: str) -> epath.Path:
         """scores.jsonl and manifest.json of one model."""

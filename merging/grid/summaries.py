@@ -14,7 +14,7 @@ from merging.grid.claims import FAILS, HOLDS, UNDECIDED, Judged, Tested, thresho
 from merging.grid.relative import Grid, Relative, category_means, over_cells
 from merging.grid.results import Results, Study
 from merging.grid.scaling import Forecast
-from merging.grid.study_file import HELD_IN, HELD_OUT
+from merging.grid.study_file import BASE, HELD_IN, HELD_OUT, MULTITASK, expert, is_trained
 from merging.reporting.tables import NONE, Column, Interval, Mark, Table
 
 KINDS = {HOLDS: "good", FAILS: "bad", UNDECIDED: "open"}
@@ -194,7 +194,7 @@ def references_table(results: Results) -> Table:
     for size in study.sizes:
         for base in study.bases:
             for column, each in enumerate(study.datasets):
-                names = ["base", f"expert_{each.category}", "multitask"]
+                names = [BASE, expert(each.category), MULTITASK]
                 raw = [
                     float(results.raw[results.rows[size, base, name], column])
                     if (size, base, name) in results.rows
@@ -301,9 +301,7 @@ def progress_table(results: Results) -> Table:
     for size in study.sizes:
         for base in study.bases:
             here = {m[2]: there for m, there in is_there.items() if m[:2] == (size, base)}
-            trained = {
-                name for name in here if name in ("base", "multitask") or name.startswith("expert_")
-            }
+            trained = set(filter(is_trained, here))
             merged = set(here) - trained
             cells = [c for c in study.cells if (c.size, c.base) == (size, base)]
             rows.append(
