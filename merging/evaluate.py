@@ -23,7 +23,7 @@ from merging.evaluation.evaluator import Evaluator, Options
 from merging.evaluation.examples import Task
 from merging.models import model_file
 from merging.models.config import DecoderConfig
-from merging.models.families import family_of, model_of
+from merging.models.families import is_prefix_lm, model_of
 from merging.models.parameters import as_model, read_params
 from merging.partitioning import MeshShape, mesh_of
 
@@ -75,7 +75,7 @@ class Settings:
 
     def options(self, config: DecoderConfig) -> Options:
         """How a model of this configuration is run."""
-        prefix_lm = family_of(config) == "palm" if self.prefix_lm is None else self.prefix_lm
+        prefix_lm = is_prefix_lm(config) if self.prefix_lm is None else self.prefix_lm
         return Options(
             normalization=self.normalization,
             bidirectional=prefix_lm,

@@ -49,7 +49,7 @@ from merging.grid.study_file import (
 from merging.methods.method import Method
 from merging.models import model_file
 from merging.models.config import DecoderConfig
-from merging.models.families import family_of, model_of
+from merging.models.families import is_prefix_lm, model_of
 from merging.models.parameters import read_params
 from merging.partitioning import MeshShape, mesh_of
 from merging.training.optimizer import adamw
@@ -273,7 +273,8 @@ def plan(settings: Settings, data: Data) -> Plan:
             method.check(number)
     places = Places(root=epath.Path(settings.output_dir))
     planned = Plan(settings=settings, data=data, cells=every, places=places, items={})
-    items = {"bases": _bases(planned), "experts": _experts(planned), "cells": _models(planned)}
+    experts = _experts(planned)
+    items = {"bases": _bases(planned), "experts": experts, "cells": _models(planned, experts)}
     return dataclasses.replace(planned, items=items)
 
 
@@ -345,8 +346,12 @@ def _experts(planned: Plan) -> list[Item]:
     return items
 
 
-def _models(planned: Plan) -> list[Item]:
+def _models(planned: Plan, experts: Sequence[Item]) -> list[Item]:
+    """Every model that is scored; `experts`: the items of the phase before."""
     s = planned.settings
+    needs: dict[tuple[str, str], list[epath.Path]] = {}
+    for item in experts:
+        needs.setdefault((item.size, item.base), []).extend((*item.needs, *item.folders))
     return [
         Item(
             phase="cells",
@@ -354,12 +359,7 @@ def _models(planned: Plan) -> list[Item]:
             base=base,
             name=model,
             folders=(planned.places.scores(size, base, model),),
-            needs=tuple(
-                folder
-                for item in _experts(planned)
-                if (item.size, item.base) == (size, base)
-                for folder in (*item.needs, *item.folders)
-            ),
+            needs=tuple(needs[size, base]),
         )
         for size in s.sizes
         for base in s.bases
@@ -602,7 +602,7 @@ class _Making:
         s = self.settings
         options = Options(
             normalization=s.normalization,
-            bidirectional=family_of(config) == "palm",
+            bidirectional=is_prefix_lm(config),
             row_length=s.row_length,
             batch_tokens=s.batch_tokens,
             shapes=s.shapes,
@@ -635,9 +635,7 @@ class _Making:
             with self._counted("write"):
                 for item, seconds, of_model in zip(group, merged_in, results, strict=True):
                     record = {
-                        **manifest.provenance(
-                            family.identity(item.name, tasks_identity, self.settings)
-                        ),
+                        **manifest.provenance(family.identity(item.name, tasks_identity)),
                         "load_or_merge_seconds": round(seconds, 4),
                         "evaluate_seconds": round(evaluated_in, 4),
                         "config": self.config_text,
@@ -749,8 +747,9 @@ class _Family:
                 )
         return self.experts[model.removeprefix(expert(""))]
 
-    def identity(self, model: str, tasks: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    def identity(self, model: str, tasks: Mapping[str, Any]) -> dict[str, Any]:
         """All that the scores of a model depend on, as JSON."""
+        settings = self.plan.settings
         identity: dict[str, Any] = {
             "stage": "study",
             "model": model,

@@ -20,6 +20,11 @@ def family_of(config: DecoderConfig) -> str:
     return next(name for name, (kind, _) in FAMILIES.items() if kind is type(config))
 
 
+def is_prefix_lm(config: DecoderConfig) -> bool:
+    """Whether prompts see themselves in both directions, as PaLM is trained here; Hugging Face's families are causal."""
+    return family_of(config) == "palm"
+
+
 def model_of(config: DecoderConfig) -> Decoder:
     """The model of a configuration."""
     return FAMILIES[family_of(config)][1](config)
