@@ -22,6 +22,7 @@ from merging.engine.packed import count, pack
 from merging.engine.pieces import Tensor
 from merging.engine.step import ONE_THREAD, Facts, Geometry, draw_for
 from merging.engine.stream import LoadedPiece, padded_size, to_float32
+from merging.engine.vectors import norms_and_cosines
 from merging.kernels.element_index import ElementIndex
 from merging.methods.method import TaskVectorMethod
 from merging.methods.ties import trim
@@ -92,15 +93,13 @@ class Statistics:
 
     def described(self, merge: int) -> dict[str, Any]:
         """As JSON, for one merge; `self` must be scaled to all elements."""
-        norms = np.sqrt(np.diag(self.gram))
-        product = np.outer(norms, norms)
-        cosine = np.divide(self.gram, product, out=np.zeros_like(product), where=product > 0)
+        norms, cosines = norms_and_cosines(self.gram)
         elements = self.counts[0]
         return {
             "elements": int(elements),
             "sampled": int(self.counts[1]),
             "norms": norms.tolist(),
-            "cosines": cosine.tolist(),
+            "cosines": cosines.tolist(),
             "sign_conflict_share": self.counts[2] / elements if elements else 0.0,
             "kept_share": (self.kept[merge] / elements if elements else self.kept[merge]).tolist(),
         }

@@ -39,13 +39,19 @@ def task_vectors_of(base: Any, experts: Sequence[Any]) -> TaskVectors:
         if jnp.issubdtype(first.dtype, jnp.floating)
     ]
     gram, both, opposite = np.sum([np.asarray(each, np.float64) for each in found], 0)
-    norms = np.sqrt(np.diag(gram))
-    product = np.outer(norms, norms)
+    norms, cosines = norms_and_cosines(gram)
     return TaskVectors(
         norms=norms,
-        cosines=np.divide(gram, product, out=np.zeros_like(product), where=product > 0),
+        cosines=cosines,
         sign_conflict=np.divide(opposite, both, out=np.zeros_like(both), where=both > 0),
     )
+
+
+def norms_and_cosines(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[N] and [N, N] from inner products [N, N]; the cosine with a vector of zeros is 0."""
+    norms = np.sqrt(np.diag(gram))
+    product = np.outer(norms, norms)
+    return norms, np.divide(gram, product, out=np.zeros_like(product), where=product > 0)
 
 
 @jax.jit
