@@ -121,14 +121,19 @@ def configured(
     return gin_config.Resolved(arguments=arguments, text=resolved.text)
 
 
+def plan(resolved: gin_config.Resolved) -> Plan:
+    """What must be. Raises ValueError for settings that make no study."""
+    from merging import study as stage
+
+    data = study_data(resolved.arguments["sources"], resolved.arguments["tasks"])
+    return stage.plan(resolved.arguments["settings"], data)
+
+
 def priced(resolved: gin_config.Resolved, chip: str, mfu: float) -> str:
     """What the study is made of and what it will cost."""
     from launch.study_price import described, prices
-    from merging import study as stage
 
-    sources = resolved.arguments["sources"]
-    data = study_data(sources, resolved.arguments["tasks"])
-    planned = stage.plan(resolved.arguments["settings"], data)
+    sources, planned = resolved.arguments["sources"], plan(resolved)
     return f"{planned.describe()}\n\n{described(prices(planned, sources), chip, mfu)}"
 
 
@@ -146,8 +151,7 @@ def study(
 
     command.quiet_libraries()
     is_shown = joined.index == 0
-    data = study_data(resolved.arguments["sources"], resolved.arguments["tasks"])
-    planned = stage.plan(resolved.arguments["settings"], data)
+    planned = plan(resolved)
     check_mixtures(planned.mixtures, resolved.arguments["tasks"])
     if is_shown:
         print(f"{planned.describe()}\n", flush=True)

@@ -10,15 +10,10 @@ from tests.launch.test_quickstart import FILES
 
 
 def test_the_price_of_a_small_study():
-    from launch.study_data import study_data
-    from merging import study as stage
-
     steps = {"pretrain": 100, "instruct": 50, "expert": 10, "multitask": 20}
     bindings = [f"{scope}/Training.train_steps = {number}" for scope, number in steps.items()]
     resolved = study.configured(FILES, [*bindings, "OUTPUT_DIR = '/nowhere'"])
-    sources = resolved.arguments["sources"]
-    planned = stage.plan(resolved.arguments["settings"], study_data(sources, {}))
-    (found,) = prices(planned, sources)
+    (found,) = prices(study.plan(resolved), resolved.arguments["sources"])
     # 6 N + 12 L H h T: mini_m has 5 layers, 4 heads of 32, and rows of 128 tokens.
     flops = 6 * 1_319_680 + 12 * 5 * 4 * 32 * 128
     assert found.parameters == 1_319_680
