@@ -31,10 +31,10 @@ from merging.engine.vectors import task_vectors_of
 from merging.evaluation.collect import Result, put_scores
 from merging.evaluation.evaluator import Evaluator, Options
 from merging.evaluation.examples import Task
+from merging.family import Family
 from merging.finetune import Mixture
 from merging.grid import study_file, tuning
 from merging.grid.cells import FIXED, TUNED, Cell, cells
-from merging.grid.family import Family
 from merging.grid.study_file import (
     BASE,
     HELD_IN,

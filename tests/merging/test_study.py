@@ -17,8 +17,8 @@ import pytest
 import merging
 from merging import manifest, study
 from merging.evaluation.collect import SCORES, ScoresFile
+from merging.family import SHARE_OF_MEMORY, Family
 from merging.grid import tuning
-from merging.grid.family import SHARE_OF_MEMORY, Family
 from merging.grid.study_file import Category, Dataset
 from merging.manifest import OutputError
 from merging.methods.averaging import Averaging
@@ -207,7 +207,7 @@ def test_what_does_not_fit_is_streamed(whole: pathlib.Path, monkeypatch: pytest.
     nbytes = 4 * runs.CONFIG.num_params() * (2 + 2)  # base, two experts, their merge
     for room, streams in ((nbytes, False), (nbytes - 1, True)):
         monkeypatch.setattr(
-            "merging.grid.family.memory_bytes", lambda mesh, room=room: room / SHARE_OF_MEMORY
+            "merging.family.memory_bytes", lambda mesh, room=room: room / SHARE_OF_MEMORY
         )
         assert family(planned, "pretrained").streams == streams
 
