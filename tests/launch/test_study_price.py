@@ -18,7 +18,7 @@ def test_the_price_of_a_small_study():
     flops = 6 * 1_319_680 + 12 * 5 * 4 * 32 * 128
     assert found.parameters == 1_319_680
     assert found.steps == 100 + 50 + 2 * 8 * 10 + 2 * 20
-    tokens = (100 + 50) * 32 * 128 + (2 * 8 * 10 + 2 * 20) * 16 * 128
+    tokens = (100 + 50 + 2 * 8 * 10 + 2 * 20) * 8 * 128
     assert found.train_flops == pytest.approx(tokens * flops)
     assert (found.merges, found.evaluations) == (24, 44 * 23)
     assert found.evaluate_flops == pytest.approx(44 * 23 * 50 * 128 * flops / 3)
