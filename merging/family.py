@@ -82,17 +82,17 @@ class Family:
     def read(self) -> None:
         """What stays in memory, now, so that no merge's time has the reading in it."""
         if not self.streams:
-            _ = self.base, self.experts
+            _ = self.base, self.experts()
 
     @functools.cached_property
     def base(self) -> Any:
         """The base's parameters."""
         return self._read(self.folder)
 
-    @functools.cached_property
-    def experts(self) -> dict[str, Any]:
-        """The parameters of all experts, by category."""
-        return {category: self._read(self._expert(category)) for category in self.plan.held_in}
+    @functools.lru_cache(maxsize=1)  # merges of experts of fewer steps come behind the others  # noqa: B019
+    def experts(self, steps: int | None = None) -> dict[str, Any]:
+        """The parameters of all experts, by category; `steps` as in `Cell`."""
+        return {each: self._read(self._expert(each, steps)) for each in self.plan.held_in}
 
     def params(self, model: str) -> Any:
         """The parameters of a model of this size and base."""
@@ -102,23 +102,39 @@ class Family:
             return self._read(self.plan.places.multitask(self.size, self.base_name))
         if model in self._merges:
             cell = self._merges[model]
-            return self.merged(self.method(cell), cell.categories, seed=cell.seed)
-        category = model.removeprefix(expert(""))
-        return self._read(self._expert(category)) if self.streams else self.experts[category]
+            return self.merged(self.method(cell), cell.categories, seed=cell.seed, steps=cell.steps)
+        category, steps = self._trained[model]
+        if self.streams:
+            return self._read(self._expert(category, steps))
+        return self.experts(steps)[category]
+
+    @functools.cached_property
+    def _trained(self) -> dict[str, tuple[str, int | None]]:
+        """The category and steps of each expert, by the name of its model."""
+        return {
+            expert(category, steps): (category, steps)
+            for steps in self.plan.every_steps
+            for category in self.plan.held_in
+        }
 
     def method(self, cell: Cell) -> Method:
         """The cell's method: as the study gives it, or with the setting that was best."""
         fixed = self.plan.settings.methods[cell.method]
         return self._tuned(cell.method, cell.num_experts) if cell.setting == TUNED else fixed
 
-    def merged(self, method: Method, categories: Sequence[str], *, seed: int) -> Any:
+    def merged(
+        self, method: Method, categories: Sequence[str], *, seed: int, steps: int | None = None
+    ) -> Any:
         """The merge of some categories' experts."""
+        if self.streams:
+            with self._counted("merge"):
+                folders = [self._expert(category, steps) for category in categories]
+                return self._streamed(method, folders, seed=seed)
+        experts = self.experts(steps)
         with self._counted("merge"):
-            if self.streams:
-                return self._streamed(method, categories, seed=seed)
             return merge_params(
                 self.base,
-                [self.experts[category] for category in categories],
+                [experts[category] for category in categories],
                 method,
                 seed=seed,
                 stacked=model_file.stacked_of(self.config),
@@ -147,26 +163,27 @@ class Family:
         return {
             "method": repr(self.method(cell)),
             "seed": cell.seed,
-            "inputs": self._inputs(cell.categories),
+            "inputs": self._inputs(cell.categories, cell.steps),
         }
 
-    def _inputs(self, categories: Sequence[str]) -> dict[str, str]:
-        return {name: self._digests[name] for name in (BASE, *map(expert, categories))}
+    def _inputs(self, categories: Sequence[str], steps: int | None = None) -> dict[str, str]:
+        names = [BASE, *(expert(category, steps) for category in categories)]
+        return {name: self._digests[name] for name in names}
 
-    def _expert(self, category: str) -> epath.Path:
-        return self.plan.expert_folder(self.size, self.base_name, category)
+    def _expert(self, category: str, steps: int | None) -> epath.Path:
+        return self.plan.expert_folder(self.size, self.base_name, category, steps)
 
     def _read(self, folder: epath.Path) -> Any:
         with self._counted("read"):
             return read_params(folder, self.config, self._mesh)
 
-    def _streamed(self, method: Method, categories: Sequence[str], *, seed: int) -> Any:
+    def _streamed(self, method: Method, experts: Sequence[epath.Path], *, seed: int) -> Any:
         # Two workers may make the same merge at the same time.
         process = hosts.of_main(os.getpid())
         output = self.plan.places.root / "streamed" / f"{self.size}_{self.base_name}_{process}"
         merge_checkpoints(
             base=self.folder,
-            experts=[self._expert(category) for category in categories],
+            experts=list(experts),
             output_dir=output,
             method=method,
             seed=seed,
@@ -182,7 +199,7 @@ class Family:
     def _digests(self) -> dict[str, str]:
         """Of every checkpoint, by the name of its model."""
         folders = {BASE: self.folder}
-        folders |= {expert(category): self._expert(category) for category in self.plan.held_in}
+        folders |= {name: self._expert(*trained) for name, trained in self._trained.items()}
         if self.plan.settings.multitask is not None:
             folders[MULTITASK] = self.plan.places.multitask(self.size, self.base_name)
         found = {}

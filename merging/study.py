@@ -34,7 +34,7 @@ from merging.evaluation.examples import Task
 from merging.family import Family
 from merging.finetune import Mixture
 from merging.grid import study_file, tuning
-from merging.grid.cells import FIXED, TUNED, Cell, cells
+from merging.grid.cells import TUNED, Cell, cells
 from merging.grid.study_file import (
     BASE,
     HELD_IN,
@@ -104,6 +104,7 @@ class Settings:
       methods: by the name that they have in the report.
       num_experts: of a merge.
       seeds: that pick them.
+      expert_steps: experts that were trained for so many steps only are made and merged too.
       mesh: how devices are used; None: all along the data axis.
       seed: of all training.
       tune: merges are made by chosen settings too: see `grid.tuning`.
@@ -123,6 +124,7 @@ class Settings:
     methods: Mapping[str, Method]
     num_experts: Sequence[int] = (2, 4, 6, 8)
     seeds: Sequence[int] = (0, 1, 2)
+    expert_steps: Sequence[int] = ()
     mesh: MeshShape | jax.sharding.Mesh | None = None
     seed: int = 0
     tune: bool = False
@@ -163,6 +165,7 @@ class Item:
       name: what is made: a model, or a group of experts.
       folders: that hold a manifest once it is done.
       needs: folders that must hold one before.
+      steps: of experts, where these are fewer.
     """
 
     phase: str
@@ -171,6 +174,7 @@ class Item:
     name: str
     folders: tuple[epath.Path, ...]
     needs: tuple[epath.Path, ...] = ()
+    steps: int | None = None
 
     @property
     def is_done(self) -> bool:
@@ -229,10 +233,17 @@ class Plan:
         """Where the base is: made here, or a checkpoint that was there."""
         return base_folder(self.settings, self.places, size, base)
 
-    def expert_folder(self, size: str, base: str, category: str) -> epath.Path:
-        """Where the expert of a category is."""
+    def expert_folder(
+        self, size: str, base: str, category: str, steps: int | None = None
+    ) -> epath.Path:
+        """Where the expert of a category is; `steps` as in `Cell`."""
         group = self.held_in.index(category) // self.settings.expert.of_size(size).at_once
-        return self.places.experts(size, base, group) / category
+        return self.places.experts(size, base, group, steps) / category
+
+    @property
+    def every_steps(self) -> list[int | None]:
+        """Of experts: None, which is all that there are, and fewer."""
+        return [None, *self.settings.expert_steps]
 
     def describe(self) -> str:
         """The plan as text, one fact a line."""
@@ -275,7 +286,8 @@ def plan(settings: Settings, data: Data) -> Plan:
         num_experts=settings.num_experts,
         seeds=settings.seeds,
         categories=held_in,
-        settings=(FIXED, TUNED) if settings.tune else (FIXED,),
+        is_tuned=settings.tune,
+        expert_steps=settings.expert_steps,
     )
     for method in settings.methods.values():
         for number in settings.num_experts:
@@ -313,6 +325,13 @@ def _check(s: Settings) -> None:
         problems.append(
             f"the experts' mixture is {s.expert.mixture!r}: it must have {{category}} in it"
         )
+    for size in s.sizes:
+        most = s.expert.of_size(size).train_steps
+        problems += [
+            f"EXPERT_STEPS has {steps}: the experts of {size} are trained for {most} steps, and these must be fewer"
+            for steps in s.expert_steps
+            if not 1 <= steps < most
+        ]
     if s.models_at_once < 1:
         problems.append(f"MODELS_AT_ONCE is {s.models_at_once}: it must be at least 1")
     if problems:
@@ -346,9 +365,10 @@ def _experts(planned: Plan) -> list[Item]:
         for base, how in s.bases.items():
             needs = (planned.places.base(size, base),) if isinstance(how, Training) else ()
             make = functools.partial(Item, phase="experts", size=size, base=base, needs=needs)
-            for number in range(-(-len(planned.held_in) // at_once)):
-                folder = planned.places.experts(size, base, number)
-                items.append(make(name=f"experts_{number}", folders=(folder,)))
+            for steps in planned.every_steps:
+                for number in range(-(-len(planned.held_in) // at_once)):
+                    folder = planned.places.experts(size, base, number, steps)
+                    items.append(make(name=folder.name, folders=(folder,), steps=steps))
             if s.multitask is not None:
                 folder = planned.places.multitask(size, base)
                 items.append(make(name=MULTITASK, folders=(folder,)))
@@ -374,7 +394,7 @@ def _models(planned: Plan, experts: Sequence[Item]) -> list[Item]:
         for base in s.bases
         for model in (
             BASE,
-            *map(expert, planned.held_in),
+            *(expert(each, steps) for steps in planned.every_steps for each in planned.held_in),
             *([MULTITASK] if s.multitask is not None else []),
             *planned.merges(size, base),
         )
@@ -551,8 +571,10 @@ class _Making:
             self._train(how, item.size, item.folders[0], start=start)
             return
         how = self.settings.expert.of_size(item.size)
-        number = int(item.name.removeprefix("experts_"))
-        categories = self.plan.held_in[number * how.at_once : (number + 1) * how.at_once]
+        if item.steps is not None:
+            how = dataclasses.replace(how, train_steps=item.steps)
+        folder = functools.partial(self.plan.expert_folder, item.size, item.base, steps=item.steps)
+        categories = [c for c in self.plan.held_in if folder(c).parent == item.folders[0]]
         self._train(how, item.size, item.folders[0], start=start, categories=categories)
 
     def _train(
@@ -702,12 +724,12 @@ class _Making:
         hosts.wait_for_all(f"scores in {folder}")
 
     def _write_vectors(self, family: Family) -> None:
-        found = task_vectors_of(family.base, list(family.experts.values()))
+        found = task_vectors_of(family.base, list(family.experts().values()))
         path = self.places.vectors(family.size, family.base_name)
         if hosts.is_main():
             path.parent.mkdir(parents=True, exist_ok=True)
             content = {
-                "experts": list(family.experts),
+                "experts": list(family.experts()),
                 **{k: v.tolist() for k, v in dataclasses.asdict(found).items()},
             }
             put_file(path, (json.dumps(content, indent=1) + "\n").encode())

@@ -19,6 +19,8 @@ from merging import manifest, study
 from merging.evaluation.collect import SCORES, ScoresFile
 from merging.family import SHARE_OF_MEMORY, Family
 from merging.grid import tuning
+from merging.grid.relative import relative
+from merging.grid.results import read as read_results
 from merging.grid.study_file import Category, Dataset
 from merging.manifest import OutputError
 from merging.methods.averaging import Averaging
@@ -247,6 +249,29 @@ def test_settings_are_chosen_by_what_judges_nobody(whole: pathlib.Path, tmp_path
 
 
 @pytest.mark.slow
+def test_experts_of_fewer_steps_are_merged_too(whole: pathlib.Path, tmp_path: pathlib.Path):
+    output = tmp_path / "study"
+    shutil.copytree(whole / "models", output / "models")
+    options = {"expert_steps": (1,), "methods": {"averaging": Averaging()}, "num_experts": (2,)}
+    assert run(output, options=options).made["experts"] == 4  # two of each base
+    found, before = scores(output), scores(whole)
+    assert {place: lines for place, lines in found.items() if "at_1" not in place} == {
+        place: before[place] for place in found if "at_1" not in place
+    }
+    place = "scores/tiny/pretrained"
+    merged = found[f"{place}/averaging_n2_s0_at_1_steps"]
+    assert merged != before[f"{place}/averaging_n2_s0"]
+    assert found[f"{place}/expert_ones_at_1"] != before[f"{place}/expert_ones"]
+
+    # The report's ratios stand on the experts of the same steps.
+    results = read_results(output)
+    at = [each.name for each in results.study.datasets].index("many")
+    for setting, model in (("fixed", "expert_ones"), ("at_1_steps", "expert_ones_at_1")):
+        row = results.rows["tiny", "pretrained", model]
+        assert relative(results, setting).reference[0, 0, at] == results.raw[row, at]
+
+
+@pytest.mark.slow
 def test_several_models_by_one_step(whole: pathlib.Path, tmp_path: pathlib.Path):
     output = tmp_path / "study"
     shutil.copytree(whole / "models", output / "models")
@@ -296,6 +321,7 @@ def test_another_study_in_the_same_folder_is_refused(whole: pathlib.Path):
         ({"bases": {"mine": training("text")}}, "BASES has 'mine': a base is one of pretrained"),
         ({"expert": training("ones")}, "the experts' mixture is 'ones': it must have"),
         ({"methods": {}}, "METHODS is empty"),
+        ({"expert_steps": (2, 3)}, "EXPERT_STEPS has 3: the experts of tiny are trained for 3"),
         (
             {"methods": {"a": Averaging(weights=(1.0, 2.0, 3.0))}},
             "Averaging.weights has 3 numbers for 1 experts",
