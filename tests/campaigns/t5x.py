@@ -223,11 +223,11 @@ def both_ways(campaign: Campaign) -> None:
     campaign.compare("the same on 2 processes", found, scores, "own_expert")
 
 
-def of_t5x(campaign: Campaign, kind: str, mixture: str = BOTH) -> None:
+def of_t5x(campaign: Campaign, kind: str, mixtures: tuple[str, str] = (RANKED, BOTH)) -> None:
     """T5X's own encoder-decoder `kind`, of tests/launch/t5x/<kind>.gin, whose experts begin from the same seed."""
     experts = [
-        own_train(campaign, kind, f"expert_{flavour}", each, flavour)
-        for flavour, each in zip(FLAVOURS, (RANKED, mixture), strict=True)
+        own_train(campaign, kind, f"expert_{flavour}", mixture, flavour)
+        for flavour, mixture in zip(FLAVOURS, mixtures, strict=True)
     ]
     base, other = (each.with_name("checkpoint_0") for each in experts)
     is_one = same(parameters(base), parameters(other))
@@ -253,12 +253,14 @@ def of_t5x(campaign: Campaign, kind: str, mixture: str = BOTH) -> None:
         what = f"{kind}, the merge by ties ({flavour})"
         is_good = same(parameters(merged), expected)
         campaign.tell(f"{what} has the bits of its transcription", is_good=is_good)
-        found = own_evaluate(campaign, kind, f"by_t5x_{flavour}", merged, mixture)
+        found = own_evaluate(campaign, kind, f"by_t5x_{flavour}", merged, mixtures[1])
         written[flavour] = programs.examples(found)
+        lines = sum(text.count("\n") for text in written[flavour].values())
         campaign.tell(
-            f"{what}, t5x.eval: {len(written[flavour])} tasks", is_good=bool(written[flavour])
+            f"{what}: t5x.eval wrote {lines} examples of {len(written[flavour])} tasks",
+            is_good=lines > 0,
         )
-        last = own_train(campaign, kind, f"goes_on_{flavour}", mixture, flavour, start=merged)
+        last = own_train(campaign, kind, f"goes_on_{flavour}", mixtures[1], flavour, start=merged)
         campaign.tell_gone_on(what, merged, last)
     is_one = written["t5x"] == written["t5x_orbax"]
     campaign.tell(f"{kind}: t5x.eval wrote the same of both flavours", is_good=is_one)

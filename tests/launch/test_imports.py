@@ -21,9 +21,9 @@ ROWS = [
     {"finetune", "merge", "mergekit", "convert", "evaluate", "study", "report", "__init__"},
 ]
 FORBIDDEN = {
-    "merging": {"gin", "absl", "tensorflow", "seqio", "torch", "launch", "tasks", "tests"},
-    "tasks": {"gin", "absl", "torch", "launch", "merging", "tests"},
-    "launch": {"tests"},
+    "merging": {"gin", "absl", "tensorflow", "seqio", "torch", "t5x", "launch", "tasks", "tests"},
+    "tasks": {"gin", "absl", "torch", "t5x", "launch", "merging", "tests"},
+    "launch": {"t5x", "tests"},
 }
 
 
