@@ -7,7 +7,8 @@ t5x.train, one a legacy checkpoint, one Orbax; merged by every method, T5X in an
 generates, and one by t5x.infer, compared with launch.evaluate example by example; t5x.train from a merged model of either flavour; an
 expert of launch.finetune by t5x.eval, scanned and not, on one process and on two. With --t5: scalable T5 (scanned) and T5 1.1,
 tiny, two experts of each by t5x.train, one of either flavour, merged and written in both, compared with the transcription of the
-paper, evaluated by t5x.eval and trained on by t5x.train. Prints a line of each, exit code 1 where one differs; what is done is not done again.
+paper, evaluated by t5x.eval and trained on by t5x.train. Prints a line of each, exit code 1 where one differs; what is done is not
+done again.
 """
 
 from __future__ import annotations
