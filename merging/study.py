@@ -25,17 +25,16 @@ import jax.numpy as jnp
 from etils import epath
 
 from merging import finetune, manifest
-from merging.checkpoints import open_checkpoint
 from merging.checkpoints.storage import put_file
 from merging.engine import hosts
-from merging.engine.resident import merge_params
 from merging.engine.vectors import task_vectors_of
 from merging.evaluation.collect import Result, put_scores
 from merging.evaluation.evaluator import Evaluator, Options
 from merging.evaluation.examples import Task
+from merging.family import Family
 from merging.finetune import Mixture
-from merging.grid import study_file
-from merging.grid.cells import Cell, cells
+from merging.grid import study_file, tuning
+from merging.grid.cells import FIXED, TUNED, Cell, cells
 from merging.grid.study_file import (
     BASE,
     HELD_IN,
@@ -50,7 +49,6 @@ from merging.methods.method import Method
 from merging.models import model_file
 from merging.models.config import DecoderConfig
 from merging.models.families import is_prefix_lm, model_of
-from merging.models.parameters import read_params
 from merging.partitioning import MeshShape, mesh_of
 from merging.training.optimizer import adamw
 from merging.training.settings import Optimizer
@@ -108,6 +106,9 @@ class Settings:
       seeds: that pick them.
       mesh: how devices are used; None: all along the data axis.
       seed: of all training.
+      tune: merges are made by chosen settings too: see `grid.tuning`.
+      experts_in_memory: base and all experts of a size lie in the devices' memory together; False: merges are streamed from disk; None:
+        where they fit.
       models_at_once: that are evaluated by one step, each on one device.
       normalization, row_length, batch_tokens, shapes: see `evaluator.Options`.
     """
@@ -124,11 +125,16 @@ class Settings:
     seeds: Sequence[int] = (0, 1, 2)
     mesh: MeshShape | jax.sharding.Mesh | None = None
     seed: int = 0
+    tune: bool = False
+    experts_in_memory: bool | None = None
     models_at_once: int = 1
     normalization: str = "sum"
     row_length: int = 2_048
     batch_tokens: int = 4_096
     shapes: int = 4
+
+
+Tasks = tuple[Sequence[Task], Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,12 +144,14 @@ class Data:
     Attributes:
       categories: held-in and held-out ones, in the order of the table.
       mixture: (how to train, name of a mixture) -> what is trained on.
-      tasks: () -> what judges, and JSON that says all it depends on.
+      tasks: (whether settings are chosen, by examples that judge nobody then) -> what judges, and JSON that says all it depends on.
+      tuning_tasks: () -> the same of what settings are chosen by.
     """
 
     categories: Mapping[str, Category]
     mixture: Callable[[Training, str], Mixture]
-    tasks: Callable[[], tuple[Sequence[Task], Mapping[str, Any]]]
+    tasks: Callable[[bool], Tasks]
+    tuning_tasks: Callable[[], Tasks]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -267,6 +275,7 @@ def plan(settings: Settings, data: Data) -> Plan:
         num_experts=settings.num_experts,
         seeds=settings.seeds,
         categories=held_in,
+        settings=(FIXED, TUNED) if settings.tune else (FIXED,),
     )
     for method in settings.methods.values():
         for number in settings.num_experts:
@@ -386,6 +395,7 @@ class Seconds:
     read: float = 0.0
     tasks: float = 0.0
     merge: float = 0.0
+    tune: float = 0.0
     evaluate: float = 0.0
     write: float = 0.0
 
@@ -589,16 +599,21 @@ class _Making:
     # ---- scores ----------------------------------------------------------------------------------------------------
 
     @functools.cached_property
-    def _tasks(self) -> tuple[Sequence[Task], Mapping[str, Any]]:
+    def _tasks(self) -> Tasks:
         with self._counted("tasks"):
-            return self.plan.data.tasks()
+            return self.plan.data.tasks(self.settings.tune)
+
+    @functools.cached_property
+    def _tuning_tasks(self) -> Tasks:
+        with self._counted("tasks"):
+            return self.plan.data.tuning_tasks()
 
     @functools.cached_property
     def _mesh(self) -> jax.sharding.Mesh:
         return mesh_of(self.settings.mesh)
 
-    @functools.lru_cache(maxsize=1)  # sizes come one after another  # noqa: B019
-    def _evaluator(self, config: DecoderConfig) -> Evaluator:
+    @functools.lru_cache(maxsize=2)  # sizes come one after another  # noqa: B019
+    def _evaluator(self, config: DecoderConfig, *, is_tuning: bool = False) -> Evaluator:
         s = self.settings
         options = Options(
             normalization=s.normalization,
@@ -607,16 +622,43 @@ class _Making:
             batch_tokens=s.batch_tokens,
             shapes=s.shapes,
         )
-        return Evaluator(model_of(config), self._tasks[0], mesh=self._mesh, options=options)
+        tasks, _ = self._tuning_tasks if is_tuning else self._tasks
+        return Evaluator(model_of(config), tasks, mesh=self._mesh, options=options)
+
+    def _family(self, size: str, base: str) -> Family:
+        def judge(params: Any, categories: Sequence[str]) -> float:
+            evaluator = self._evaluator(self.plan.config(size), is_tuning=True)
+            with self._counted("tune"):
+                results = evaluator(params, TUNED)
+            return tuning.held_in_score(results, [self.plan.data.categories[c] for c in categories])
+
+        return Family(
+            self.plan,
+            size,
+            base,
+            self._mesh,
+            counted=self._counted,
+            judge=judge,
+            judge_identity=lambda: self._judged_by(self._tuning_tasks[1]),
+            log=self.log,
+        )
+
+    def _judged_by(self, tasks: Mapping[str, Any]) -> dict[str, Any]:
+        """All that scores depend on beside a model's parameters, as JSON."""
+        s = self.settings
+        return {"tasks": dict(tasks), "normalization": s.normalization, "row_length": s.row_length}
 
     def _score(self, items: Sequence[Item]) -> Iterator[Item]:
         """Scores models of one size and base; `models_at_once` of them by one step."""
         size, base = items[0].size, items[0].base
-        tasks, tasks_identity = self._tasks
-        family = _Family(self.plan, size, base, self._mesh, self._counted)
+        family = self._family(size, base)
         evaluator = self._evaluator(family.config)
         family.read()
-        if not self.places.vectors(size, base).exists():
+        if family.streams:
+            self.log(
+                f"{size}/{base}: task vectors that don't lie in memory together are not compared"
+            )
+        elif not self.places.vectors(size, base).exists():
             with self._counted("merge"):
                 self._write_vectors(family)
         at_once = self.settings.models_at_once
@@ -634,8 +676,14 @@ class _Making:
             evaluated_in = (time.perf_counter() - begun) / len(group)
             with self._counted("write"):
                 for item, seconds, of_model in zip(group, merged_in, results, strict=True):
+                    identity = {
+                        "stage": "study",
+                        "model": item.name,
+                        **self._judged_by(self._tasks[1]),
+                        **family.identity(item.name),
+                    }
                     record = {
-                        **manifest.provenance(family.identity(item.name, tasks_identity)),
+                        **manifest.provenance(identity),
                         "load_or_merge_seconds": round(seconds, 4),
                         "evaluate_seconds": round(evaluated_in, 4),
                         "config": self.config_text,
@@ -653,7 +701,7 @@ class _Making:
             manifest.write(folder, record)
         hosts.wait_for_all(f"scores in {folder}")
 
-    def _write_vectors(self, family: _Family) -> None:
+    def _write_vectors(self, family: Family) -> None:
         found = task_vectors_of(family.base, list(family.experts.values()))
         path = self.places.vectors(family.size, family.base_name)
         if hosts.is_main():
@@ -675,94 +723,3 @@ def _evaluated(
     filled = [*params, *params[-1:] * missing]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *filled)
     return evaluator.many(stacked, [*ids, *ids[-1:] * missing])[: len(ids)]
-
-
-class _Family:
-    """The models of one size and base: base and experts in memory, read when first asked for; merges made of them."""
-
-    def __init__(
-        self,
-        planned: Plan,
-        size: str,
-        base: str,
-        mesh: jax.sharding.Mesh,
-        counted: Callable[[str], contextlib.AbstractContextManager[None]],
-    ):
-        self.plan, self.size, self.base_name = planned, size, base
-        self.folder = planned.base_folder(size, base)
-        self.config = model_file.describe(self.folder).config
-        self._mesh, self._counted = mesh, counted
-        self._merges = planned.merges(size, base)
-
-    def _read(self, folder: epath.Path) -> Any:
-        with self._counted("read"):
-            return read_params(folder, self.config, self._mesh)
-
-    def read(self) -> None:
-        """Base and experts now, so that no merge's time has theirs in it."""
-        _ = self.base, self.experts
-
-    @functools.cached_property
-    def base(self) -> Any:
-        return self._read(self.folder)
-
-    @functools.cached_property
-    def experts(self) -> dict[str, Any]:
-        return {
-            category: self._read(self.plan.expert_folder(self.size, self.base_name, category))
-            for category in self.plan.held_in
-        }
-
-    @functools.cached_property
-    def _digests(self) -> dict[str, str]:
-        """Of every checkpoint, by the name of its model."""
-        folders = {BASE: self.folder}
-        for category in self.plan.held_in:
-            folder = self.plan.expert_folder(self.size, self.base_name, category)
-            folders[expert(category)] = folder
-        if self.plan.settings.multitask is not None:
-            folders[MULTITASK] = self.plan.places.multitask(self.size, self.base_name)
-        found = {}
-        for name, folder in folders.items():
-            with contextlib.closing(open_checkpoint(folder)) as reader:
-                found[name] = reader.digest()
-        return found
-
-    def params(self, model: str) -> Any:
-        """The parameters of a model of this size and base."""
-        if model == BASE:
-            return self.base
-        if model == MULTITASK:
-            return self._read(self.plan.places.multitask(self.size, self.base_name))
-        if model in self._merges:
-            cell = self._merges[model]
-            experts = [self.experts[category] for category in cell.categories]
-            with self._counted("merge"):
-                return merge_params(
-                    self.base,
-                    experts,
-                    self.plan.settings.methods[cell.method],
-                    seed=cell.seed,
-                    stacked=model_file.stacked_of(self.config),
-                )
-        return self.experts[model.removeprefix(expert(""))]
-
-    def identity(self, model: str, tasks: Mapping[str, Any]) -> dict[str, Any]:
-        """All that the scores of a model depend on, as JSON."""
-        settings = self.plan.settings
-        identity: dict[str, Any] = {
-            "stage": "study",
-            "model": model,
-            "tasks": dict(tasks),
-            "normalization": settings.normalization,
-            "row_length": settings.row_length,
-        }
-        if model not in self._merges:
-            return identity | {"inputs": {model: self._digests[model]}}
-        cell = self._merges[model]
-        names = [BASE, *map(expert, cell.categories)]
-        return identity | {
-            "method": repr(settings.methods[cell.method]),
-            "seed": cell.seed,
-            "inputs": {name: self._digests[name] for name in names},
-        }

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 
+from merging.grid.tuning import candidates
 from merging.methods.method import Method
 
 FIXED, TUNED = "fixed", "tuned"
@@ -58,7 +59,7 @@ def cells(
     categories: Sequence[str],
     settings: Sequence[str] = (FIXED,),
 ) -> list[Cell]:
-    """Every cell, size by size. Merges that no seed can change name one model.
+    """Every cell, size by size. Merges that no seed or no choice can change name one model.
 
     Raises ValueError for more experts than there are categories, and fewer than one.
     """
@@ -81,7 +82,7 @@ def cells(
                 method,
                 n,
                 seeds[0] if n == len(categories) and not made.draws_masks else seed,
-                setting,
+                setting if candidates(made) else FIXED,
             ),
         )
         for size in sizes

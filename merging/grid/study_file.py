@@ -91,6 +91,10 @@ class Places:
         """How the task vectors of all experts lie to one another."""
         return self.root / "vectors" / size / f"{base}.json"
 
+    def tuned(self, size: str, base: str, method: str, num_experts: int) -> epath.Path:
+        """The setting that was chosen for merges of so many experts."""
+        return self.root / "tuned" / size / base / f"{method}_n{num_experts}.json"
+
     @property
     def report(self) -> epath.Path:
         """What the report stage makes."""
