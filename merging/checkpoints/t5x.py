@@ -46,6 +46,10 @@ _PLACEHOLDER = "PLACEHOLDER://"
 _TENSORFLOW = b"model_checkpoint_path"  # begins the file of that name that TensorFlow writes
 _ITEM = "state"
 
+# What T5X's Adafactor keeps of a matrix's second moments. T5X gives these no axes of a mesh, and restores what has none
+# from the msgpack file alone.
+_FACTORS = ("v_row", "v_col")
+
 
 class Reader(TreeReader):
     """A legacy T5X checkpoint (`checkpoint_<step>/checkpoint`), open for reading. Thread-safe.
@@ -208,7 +212,8 @@ def _check_tree(writer: TreeWriter) -> None:
 class Writer(TreeWriter):
     """A legacy T5X checkpoint being written; see `TreeWriter` for the arguments, and the module there for several processes.
 
-    Arrays of at most one element go into the msgpack file, as T5X puts what it does not partition.
+    What T5X does not partition goes into the msgpack file, as T5X puts it: arrays of at most one element and the factors of
+    Adafactor.
 
     Args:
       step: default the base's, or 0.
@@ -252,11 +257,12 @@ class Writer(TreeWriter):
         self._gzip_level = gzip_level
         self._inline: dict[str, np.ndarray] = {}
 
-    def _is_small(self, spec: LeafSpec) -> bool:
-        return spec.size <= 1
+    def _is_inline(self, spec: LeafSpec) -> bool:
+        keys = spec.name.split("/")
+        return spec.size <= 1 or (keys[0] == _ITEM and keys[-1] in _FACTORS)
 
     def _begin(self, leaf: Leaf) -> Assembler:
-        if self._is_small(leaf.spec):
+        if self._is_inline(leaf.spec):
             array = self._inline[leaf.spec.name] = np.empty(leaf.spec.shape, leaf.spec.dtype)
 
             def keep(index: tuple[slice, ...], data: np.ndarray) -> None:
@@ -289,7 +295,7 @@ class Writer(TreeWriter):
         import msgpack
 
         spec = leaf.spec
-        if self._is_small(spec):
+        if self._is_inline(spec):
             data = self._inline[spec.name].tobytes()
             return msgpack.ExtType(1, msgpack.packb((spec.shape, spec.dtype.name, data)))
         chunk = chunk_shape(spec, self._chunk_bytes)

@@ -134,9 +134,14 @@ class TreeWriter:
             check_paths((leaf.path for leaf in self._leaves.values()), self._folder)
         except CheckpointError as error:
             raise ValueError(str(error)) from None
-        self.names_mine = _share(specs, process_index, process_count, self._is_small)
+        self.names_mine = _share(specs, process_index, process_count, self._is_inline)
         self._mine = frozenset(self.names_mine)
-        self._rest_mine = [n for i, n in enumerate(rest) if i % process_count == process_index]
+        owners = (
+            0 if self._is_inline(s) else i % process_count for i, s in enumerate(rest.values())
+        )
+        self._rest_mine = [
+            n for n, owner in zip(rest, owners, strict=True) if owner == process_index
+        ]
         self._assemblers: dict[str, boxes.Assembler] = {}
         self._lock = threading.Lock()  # guards _assemblers
         self._done: set[str] = set()
@@ -156,7 +161,7 @@ class TreeWriter:
     def holds(self, name: str, index: Index) -> bool:
         """Whether an earlier writer left all chunks that a box touches. Those that it was putting together are lost."""
         leaf = self._leaves[self._rooted(name)]
-        if self._left is None or self._is_small(leaf.spec):
+        if self._left is None or self._is_inline(leaf.spec):
             return False
         chunk = boxes.chunk_shape(leaf.spec, self._chunk_bytes)
         return self._left.holds(leaf.stored, leaf.spec, chunk, self._version, index)
@@ -195,7 +200,7 @@ class TreeWriter:
 
     # ---- what a format adds ----------------------------------------------------------------------------------------
 
-    def _is_small(self, spec: LeafSpec) -> bool:
+    def _is_inline(self, spec: LeafSpec) -> bool:
         """Whether the main process keeps a leaf to write it with the metadata."""
         return False
 
@@ -283,12 +288,12 @@ def memory_bytes(
     return held + batches
 
 
-def _share(specs: Mapping[str, LeafSpec], index: int, count: int, is_small: Any) -> list[str]:
-    """The leaves of one process: runs in storage order of about as many bytes each; small ones are the main one's."""
+def _share(specs: Mapping[str, LeafSpec], index: int, count: int, is_inline: Any) -> list[str]:
+    """The leaves of one process: runs in storage order of about as many bytes each; inline ones are the main one's."""
     total = sum(spec.nbytes for spec in specs.values())
     before, mine = 0, []
     for name, spec in specs.items():
-        owner = 0 if is_small(spec) or not total else min(count - 1, before * count // total)
+        owner = 0 if is_inline(spec) or not total else min(count - 1, before * count // total)
         before += spec.nbytes
         if owner == index:
             mine.append(name)

@@ -2,29 +2,35 @@ r"""T5X and this system as one workflow: trained, merged and evaluated from one 
 
   python -m tests.campaigns.t5x --work_dir=/data/t5x [--steps=100] [--t5]
 
-Needs T5X (WORKSPACE.md says how). Without --t5: a base of launch.finetune as T5X's; two experts on two miniature categories by t5x.train, one a legacy
-checkpoint, one Orbax; merged by every method, T5X in and out; each merged model by t5x.eval and by launch.evaluate, compared example
-by example; t5x.train from a merged model; an expert of launch.finetune by t5x.eval; t5x.eval on two processes. With --t5: T5 1.1 and scalable T5 (scanned), tiny,
-trained by t5x.train, merged, evaluated and trained on. Prints a line of each, exit code 1 where one differs; what is done is not done again.
+Needs T5X (WORKSPACE.md says how). Without --t5: a base of launch.finetune as T5X's; two experts on two miniature categories by
+t5x.train, one a legacy checkpoint, one Orbax; merged by every method, T5X in and out; each merged model by t5x.eval, which ranks and
+generates, and one by t5x.infer, compared with launch.evaluate example by example; t5x.train from a merged model of either flavour; an
+expert of launch.finetune by t5x.eval, scanned and not, on one process and on two. With --t5: scalable T5 (scanned) and T5 1.1,
+tiny, two experts of each by t5x.train, one of either flavour, merged and written in both, compared with the transcription of the
+paper, evaluated by t5x.eval and trained on by t5x.train. Prints a line of each, exit code 1 where one differs; what is done is not
+done again.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import pathlib
 import sys
-from collections.abc import Sequence
 from typing import Any
 
-from merging.methods import METHODS
-from tests.launch.t5x import programs
-from tests.launch.t5x.programs import TWO_ALONG_MODEL, Compared, compared
+import numpy as np
 
-RANKED, BOTH = (
-    "sentiment_mini",
-    "closed_book_qa_mini",
-)  # choices alone; choices and generated answers
+from merging.checkpoints import open_checkpoint
+from merging.methods import METHODS
+from merging.methods.ties import Ties
+from tests.launch.t5x import programs
+from tests.launch.t5x.programs import INFERRED, TWO_ALONG_MODEL, compared
+from tests.merging.checkpoints.trees_common import read_all, same
+from tests.oracle import float32
+
+RANKED = "sentiment_mini"  # choices alone
+BOTH = "closed_book_qa_mini"  # choices, and generated answers
+FLAVOURS = ("t5x", "t5x_orbax")
 LENGTHS = {"inputs": 128, "targets": 32}
 T5_TWO_ALONG_MODEL = {
     "PjitPartitioner.num_partitions": None,
@@ -39,18 +45,31 @@ class Campaign:
         self.folder, self.steps = folder, steps
         self.is_good = True
 
-    def tell(self, what: str, found: Compared | None = None) -> None:
-        if found is not None:
-            self.is_good &= found.is_good
-            what = f"{what}: {found}"
-        print(what, flush=True)
+    def tell(self, what: str, *, is_good: bool = True) -> None:
+        self.is_good &= is_good
+        print(what if is_good else f"WRONG: {what}", flush=True)
 
-    def train(self, name: str, start: pathlib.Path, mixture: str, **macros: Any) -> pathlib.Path:
-        """The checkpoint of a run of t5x.train."""
-        steps = macros.pop("TRAIN_STEPS", self.steps)
+    def compare(self, what: str, *outputs: Any) -> None:
+        """Tells what `programs.compared` finds in outputs of T5X and of launch.evaluate."""
+        found = compared(*outputs)
+        self.tell(f"{what}: {found}", is_good=found.is_good)
+
+    def tell_gone_on(self, what: str, start: pathlib.Path, last: pathlib.Path) -> None:
+        """Tells whether the run that ended with `last` began from the parameters of `start`, and changed them."""
+        first, begun, ended = map(parameters, (start, last.with_name("checkpoint_0"), last))
+        is_good = same(begun, first) and not same(ended, first)
+        self.tell(
+            f"t5x.train went on from {what}, its {len(first)} parameters, to {last}",
+            is_good=is_good,
+        )
+
+    def train(
+        self, name: str, start: pathlib.Path, mixture: str, flavour: str, steps: int | None = None
+    ) -> pathlib.Path:
+        """The checkpoint of a run of t5x.train, in either flavour."""
+        steps = steps or self.steps
         folder = self.folder / name
         made = folder / f"checkpoint_{steps}"
-        more = [f"--gin.train.{key}={value}" for key, value in macros.items()]
         if not made.exists():
             programs.run(
                 "t5x.train",
@@ -62,18 +81,46 @@ class Campaign:
                     "TASK_FEATURE_LENGTHS": LENGTHS,
                     "TRAIN_STEPS": steps,
                     "SAVE_PERIOD": steps,
-                    "EVAL_PERIOD": steps,
-                    "EVAL_STEPS": 1,
                     "BATCH_SIZE": 16,
+                    "train.train_eval_dataset_cfg": None,
+                    "train.infer_eval_dataset_cfg": None,
+                    "train.use_orbax": flavour == "t5x_orbax",
                     **TWO_ALONG_MODEL,
                 },
                 log=self.folder / f"{name}.log",
-                more=["--gin.train.infer_eval_dataset_cfg=None", *more],
             )
         return made
 
+    def infer(self, name: str, checkpoint: pathlib.Path, mixture: str) -> pathlib.Path:
+        """The output of t5x.infer: texts of a mixture, and scores of its choices."""
+        folder = self.folder / name
+        for mode, task in (("predict", mixture), ("score", f"{mixture}_rank")):
+            if not any(folder.glob(f"*-{mode}.jsonl-*.COMPLETED")):
+                programs.run(
+                    "t5x.infer",
+                    [f"{programs.CONFIGS}/infer.gin"],
+                    {
+                        "MODE": mode,
+                        "MIXTURE_OR_TASK_NAME": task,
+                        "TASK_FEATURE_LENGTHS": LENGTHS,
+                        "MAX_DECODE_STEPS": LENGTHS["targets"],
+                        "CHECKPOINT_PATH": str(checkpoint),
+                        "INFER_OUTPUT_DIR": str(folder),
+                        "BATCH_SIZE": 100,
+                        **TWO_ALONG_MODEL,
+                    },
+                    log=self.folder / f"{name}_{mode}.log",
+                )
+        return folder
+
     def evaluate(
-        self, name: str, checkpoint: pathlib.Path, mixture: str, processes: int = 1
+        self,
+        name: str,
+        checkpoint: pathlib.Path,
+        mixture: str,
+        *,
+        is_scanned: bool = True,
+        processes: int = 1,
     ) -> pathlib.Path:
         """The output of t5x.eval."""
         folder = self.folder / name
@@ -88,6 +135,7 @@ class Campaign:
                     "MAX_DECODE_STEPS": LENGTHS["targets"],
                     "CHECKPOINT_PATH": str(checkpoint),
                     "EVAL_OUTPUT_DIR": str(folder),
+                    "SCAN_LAYERS": is_scanned,
                     "BATCH_SIZE": 128,
                     **TWO_ALONG_MODEL,
                 },
@@ -118,12 +166,14 @@ def both_ways(campaign: Campaign) -> None:
     )
     start = as_t5x(campaign, base, "base_t5x/checkpoint_0", "t5x")
     experts = [
-        campaign.train("expert_a", start, RANKED),
-        campaign.train("expert_b", start, BOTH, use_orbax=False),
+        campaign.train("expert_a", start, RANKED, "t5x_orbax"),
+        campaign.train("expert_b", start, BOTH, "t5x"),
     ]
     campaign.tell(f"trained by t5x.train: {', '.join(map(str, experts))}")
-    merged = {}
+    merged, last_of = {}, {}
     for i, name in enumerate(METHODS):
+        flavour = FLAVOURS[i % 2]
+        last_of[flavour] = name
         merged[name] = campaign.own(
             "merge",
             f"merged/{name}/checkpoint_{campaign.steps}",
@@ -131,15 +181,17 @@ def both_ways(campaign: Campaign) -> None:
             f"--gin_file=gin_configs/methods/{name}.gin",
             f"--gin.BASE={str(start)!r}",
             f"--gin.EXPERTS={[str(each) for each in experts]!r}",
-            f"--gin.FORMAT={('t5x', 't5x_orbax')[i % 2]!r}",
+            f"--gin.FORMAT={flavour!r}",
         )
     scores = ours(campaign, "scores", merged, [BOTH])
     for name, checkpoint in merged.items():
         found = campaign.evaluate(f"by_t5x/{name}", checkpoint, BOTH)
-        campaign.tell(f"merged by {name}", compared(found, scores, name))
-
-    last = campaign.train("goes_on", merged["ties"], RANKED, TRAIN_STEPS=20)
-    campaign.tell(f"t5x.train went on from a merged model: {last}")
+        campaign.compare(f"merged by {name}, t5x.eval", found, scores, name)
+    for flavour, name in last_of.items():
+        last = campaign.train(f"goes_on_{flavour}", merged[name], RANKED, flavour, steps=20)
+        campaign.tell_gone_on(f"the merge by {name} ({flavour})", merged[name], last)
+    found = campaign.infer("inferred", merged["ties"], BOTH)
+    campaign.compare("merged by ties, t5x.infer", found, scores, "ties", INFERRED)
 
     expert = campaign.own(
         "finetune",
@@ -153,70 +205,104 @@ def both_ways(campaign: Campaign) -> None:
         "--gin.BATCH_SIZE=16",
     )
     scores = ours(campaign, "own_scores", {"own_expert": expert}, [BOTH])
-    for form in ("t5x", "t5x_orbax"):
-        checkpoint = as_t5x(campaign, expert, f"own_expert_{form}/checkpoint_0", form)
-        found = campaign.evaluate(f"by_t5x/own_expert_{form}", checkpoint, BOTH)
-        campaign.tell(f"expert of launch.finetune as {form}", compared(found, scores, "own_expert"))
+    for flavour in FLAVOURS:
+        checkpoint = as_t5x(campaign, expert, f"own_expert_{flavour}/checkpoint_0", flavour)
+        found = campaign.evaluate(f"by_t5x/own_expert_{flavour}", checkpoint, BOTH)
+        campaign.compare(f"expert of launch.finetune as {flavour}", found, scores, "own_expert")
+    unscanned = as_t5x(
+        campaign,
+        expert,
+        "own_expert_unscanned/checkpoint_0",
+        "t5x",
+        "--gin.LAYOUT='unstacked(axis=0)'",
+    )
+    found = campaign.evaluate("by_t5x/unscanned", unscanned, BOTH, is_scanned=False)
+    campaign.compare("the same unscanned", found, scores, "own_expert")
     found = campaign.evaluate(
         "by_t5x/two_processes", folder / "own_expert_t5x/checkpoint_0", BOTH, processes=2
     )
-    campaign.tell("the same on 2 processes", compared(found, scores, "own_expert"))
+    campaign.compare("the same on 2 processes", found, scores, "own_expert")
 
 
-def of_t5x(campaign: Campaign, kind: str, *, use_orbax: bool) -> None:
+def of_t5x(campaign: Campaign, kind: str, mixtures: tuple[str, str] = (RANKED, BOTH)) -> None:
     """T5X's own encoder-decoder `kind`, of tests/launch/t5x/<kind>.gin, whose experts begin from the same seed."""
-    files = [f"tests/launch/t5x/{kind}.gin"]
-    train = functools.partial(own_train, campaign, files, use_orbax=use_orbax)
-    experts = [train(f"{kind}/expert_{i}", mixture) for i, mixture in enumerate((RANKED, BOTH))]
-    base = experts[0].parent / "checkpoint_0"
-    merged = campaign.own(
-        "merge",
-        f"{kind}/merged/checkpoint_0",
-        "--gin_file=gin_configs/runs/merge.gin",
-        "--gin_file=gin_configs/methods/ties.gin",
-        f"--gin.BASE={str(base)!r}",
-        f"--gin.EXPERTS={[str(each) for each in experts]!r}",
-        "--gin.OPTIMIZER_STATE='base'",
-        *(
-            ["--gin.STACKED={'encoder/encoder': 1, 'decoder/decoder': 1}"]
-            if kind == "scalable_t5"
-            else []
-        ),
-    )
-    folder = campaign.folder / kind / "by_t5x"
-    if not folder.exists():
+    experts = [
+        own_train(campaign, kind, f"expert_{flavour}", mixture, flavour)
+        for flavour, mixture in zip(FLAVOURS, mixtures, strict=True)
+    ]
+    base, other = (each.with_name("checkpoint_0") for each in experts)
+    is_one = same(parameters(base), parameters(other))
+    campaign.tell(f"{kind}: trained from one start: {', '.join(map(str, experts))}", is_good=is_one)
+    expected = float32.merge(parameters(base), [parameters(each) for each in experts], Ties(), None)
+    written = {}
+    for flavour in FLAVOURS:
+        merged = campaign.own(
+            "merge",
+            f"{kind}/merged_{flavour}/checkpoint_0",
+            "--gin_file=gin_configs/runs/merge.gin",
+            "--gin_file=gin_configs/methods/ties.gin",
+            f"--gin.BASE={str(base)!r}",
+            f"--gin.EXPERTS={[str(each) for each in experts]!r}",
+            f"--gin.FORMAT={flavour!r}",
+            "--gin.OPTIMIZER_STATE='base'",
+            *(
+                ["--gin.STACKED={'encoder/encoder': 1, 'decoder/decoder': 1}"]
+                if kind == "scalable_t5"
+                else []
+            ),
+        )
+        what = f"{kind}, the merge by ties ({flavour})"
+        is_good = same(parameters(merged), expected)
+        campaign.tell(f"{what} has the bits of its transcription", is_good=is_good)
+        found = own_evaluate(campaign, kind, f"by_t5x_{flavour}", merged, mixtures[1])
+        written[flavour] = programs.examples(found)
+        lines = sum(text.count("\n") for text in written[flavour].values())
+        campaign.tell(
+            f"{what}: t5x.eval wrote {lines} examples of {len(written[flavour])} tasks",
+            is_good=lines > 0,
+        )
+        last = own_train(campaign, kind, f"goes_on_{flavour}", mixtures[1], flavour, start=merged)
+        campaign.tell_gone_on(what, merged, last)
+    is_one = written["t5x"] == written["t5x_orbax"]
+    campaign.tell(f"{kind}: t5x.eval wrote the same of both flavours", is_good=is_one)
+
+
+def own_evaluate(
+    campaign: Campaign, kind: str, name: str, checkpoint: pathlib.Path, mixture: str
+) -> pathlib.Path:
+    """The output of t5x.eval by T5X's own run file."""
+    folder = campaign.folder / kind / name
+    mixture = f"{mixture}_rank"
+    if not (folder / f"eval.{mixture}.ckpt").exists():
         programs.run(
             "t5x.eval",
-            ["t5x/configs/runs/eval.gin", *files],
+            ["t5x/configs/runs/eval.gin", f"tests/launch/t5x/{kind}.gin"],
             {
-                "MIXTURE_OR_TASK_NAME": f"{BOTH}_rank",
+                "MIXTURE_OR_TASK_NAME": mixture,
                 "TASK_FEATURE_LENGTHS": LENGTHS,
-                "CHECKPOINT_PATH": str(merged),
+                "CHECKPOINT_PATH": str(checkpoint),
                 "EVAL_OUTPUT_DIR": str(folder),
                 "DatasetConfig.split": "validation",
                 "DatasetConfig.batch_size": 128,
                 **T5_TWO_ALONG_MODEL,
             },
-            log=campaign.folder / kind / "by_t5x.log",
+            log=campaign.folder / kind / f"{name}.log",
         )
-    campaign.tell(f"{kind}, merged by ties, by t5x.eval: {programs.metrics(folder)}")
-    last = train(f"{kind}/goes_on", BOTH, start=merged, steps=10)
-    campaign.tell(f"t5x.train went on from it: {last}")
+    return folder
 
 
 def own_train(
     campaign: Campaign,
-    files: Sequence[str],
+    kind: str,
     name: str,
     mixture: str,
+    flavour: str,
     *,
-    use_orbax: bool,
     start: pathlib.Path | None = None,
-    steps: int | None = None,
 ) -> pathlib.Path:
     """The checkpoint of a run of t5x.train by T5X's own run file; without a start the parameters are drawn by a seed."""
-    steps = steps or campaign.steps
-    folder = campaign.folder / name
+    steps = campaign.steps
+    folder = campaign.folder / kind / name
     made = folder / f"checkpoint_{steps}"
     if not made.exists():
         macros = {
@@ -226,33 +312,40 @@ def own_train(
             "TASK_FEATURE_LENGTHS": LENGTHS,
             "USE_CACHED_TASKS": False,
             "TRAIN_STEPS": steps,
-            "EVAL_PERIOD": steps,
-            "EVAL_STEPS": 1,
             "BATCH_SIZE": 16,
             "RANDOM_SEED": 0,
             "SaveCheckpointConfig.period": steps,
+            "train.train_eval_dataset_cfg": None,
             "train.infer_eval_dataset_cfg": None,
-            "train.use_orbax": use_orbax,
+            "train.use_orbax": flavour == "t5x_orbax",
             **T5_TWO_ALONG_MODEL,
         }
         if start is None:
             macros["CheckpointConfig.restore"] = None
         programs.run(
             "t5x.train",
-            ["t5x/configs/runs/finetune.gin", *files],
+            ["t5x/configs/runs/finetune.gin", f"tests/launch/t5x/{kind}.gin"],
             macros,
-            log=campaign.folder / f"{name}.log",
+            log=campaign.folder / kind / f"{name}.log",
         )
     return made
 
 
-def as_t5x(campaign: Campaign, checkpoint: pathlib.Path, name: str, form: str) -> pathlib.Path:
+def parameters(checkpoint: pathlib.Path) -> dict[str, np.ndarray]:
+    """Leaves by name, of either flavour."""
+    return read_all(open_checkpoint(checkpoint))
+
+
+def as_t5x(
+    campaign: Campaign, checkpoint: pathlib.Path, name: str, flavour: str, *more: str
+) -> pathlib.Path:
     return campaign.own(
         "convert",
         name,
         "--gin_file=gin_configs/runs/convert.gin",
         f"--gin.INPUT={str(checkpoint)!r}",
-        f"--gin.FORMAT={form!r}",
+        f"--gin.FORMAT={flavour!r}",
+        *more,
     )
 
 
@@ -281,8 +374,8 @@ def main() -> None:
     arguments = parser.parse_args()
     campaign = Campaign(arguments.work_dir.resolve(), arguments.steps)
     if arguments.t5:
-        of_t5x(campaign, "t5", use_orbax=True)
-        of_t5x(campaign, "scalable_t5", use_orbax=False)
+        of_t5x(campaign, "scalable_t5")
+        of_t5x(campaign, "t5")
     else:
         both_ways(campaign)
     sys.exit(not campaign.is_good)

@@ -31,9 +31,9 @@ ROWS = [
     },
 ]
 FORBIDDEN = {
-    "merging": {"gin", "absl", "tensorflow", "seqio", "torch", "launch", "tasks", "tests"},
-    "tasks": {"gin", "absl", "torch", "launch", "merging", "tests"},
-    "launch": {"tests"},
+    "merging": {"gin", "absl", "tensorflow", "seqio", "torch", "t5x", "launch", "tasks", "tests"},
+    "tasks": {"gin", "absl", "torch", "t5x", "launch", "merging", "tests"},
+    "launch": {"t5x", "tests"},
 }
 
 

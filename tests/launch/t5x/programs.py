@@ -23,6 +23,10 @@ CONFIGS = "gin_configs/t5x"
 # On CPU T5X asks for its mesh so: two devices along `model`, the others along `data`.
 TWO_ALONG_MODEL = {"NUM_PARTITIONS": None, "MODEL_PARALLEL_SUBMESH": (1, 2, 1, 1)}
 
+# What T5X's programs write of each example of a task, below their output.
+EVALUATED = "inference_eval/{task}-0*.jsonl"
+INFERRED = "{task}-{mode}.jsonl-00000-of-00001"
+
 
 def run(
     program: str,
@@ -30,7 +34,6 @@ def run(
     macros: Mapping[str, Any],
     *,
     log: pathlib.Path,
-    more: Sequence[str] = (),
     processes: int = 1,
     virtual_devices: int = 8,
     timeout_s: float = 3600.0,
@@ -42,14 +45,14 @@ def run(
       files: gin files.
       macros: and their values.
       log: gets what it wrote.
-      more: further arguments.
       processes, virtual_devices: of this machine; devices in all.
 
     Raises RuntimeError with its last lines where it fails.
     """
     bindings = [f"--gin.{name}={value!r}" for name, value in macros.items()]
     named = [f"--gin_file={file}" for file in files]
-    command = [sys.executable, "-m", "launch.t5x.start", program, *named, *bindings, *more]
+    starter = ["launch.t5x.start"] if processes > 1 else []
+    command = [sys.executable, "-m", *starter, program, *named, *bindings]
     log.parent.mkdir(parents=True, exist_ok=True)
     if processes > 1:
         each = virtual_devices // processes
@@ -113,14 +116,28 @@ class Compared:
         return self.greatest <= 1e-4 and self.different == 0 and self.furthest <= 1e-6
 
     def __str__(self) -> str:
-        return (
+        said = (
             f"{self.choices} log-likelihoods differ by at most {self.greatest:.1e}, {self.different} of {self.texts} texts"
-            f" differ, {self.metrics} metrics by at most {self.furthest:.1e}"
+            " differ"
+        )
+        return (
+            f"{said}, {self.metrics} metrics by at most {self.furthest:.1e}"
+            if self.metrics
+            else said
         )
 
 
-def compared(theirs: pathlib.Path, ours: pathlib.Path, model: str) -> Compared:
-    """An output of t5x.eval beside one of launch.evaluate with WRITE_EXAMPLES, task by task and example by example."""
+def compared(
+    theirs: pathlib.Path, ours: pathlib.Path, model: str, files: str = EVALUATED
+) -> Compared:
+    """An output of T5X beside one of launch.evaluate with WRITE_EXAMPLES, task by task and example by example.
+
+    Args:
+      theirs: output of t5x.eval, or, with files=INFERRED, of t5x.infer in both modes.
+      ours: of launch.evaluate.
+      model: its name in `ours`.
+      files: where `theirs` has the examples of a task.
+    """
     scores = {
         (s.task, s.prompt, s.metric): s.value
         for s in ScoresFile(ours / "scores.jsonl").scores
@@ -132,50 +149,59 @@ def compared(theirs: pathlib.Path, ours: pathlib.Path, model: str) -> Compared:
         task, prompt = next(
             key[:2] for key in scores if "_".join(key[:2]) == file.name.removesuffix(".jsonl.gz")
         )
-        dataset = task.removesuffix("_mini")
         is_ranked = "choices" in records[0]
-        name = f"{dataset}_{prompt}_mini{'_rank' if is_ranked else ''}"
-        (written,) = (theirs / "inference_eval").glob(f"{name}-0*.jsonl")
+        name = f"{task.removesuffix('_mini')}_{prompt}_mini{'_rank' if is_ranked else ''}"
+        mode = "score" if is_ranked else "predict"
+        (written,) = theirs.glob(files.format(task=name, mode=mode))
         lines = [json.loads(line) for line in written.read_text().splitlines()]
-        (last,) = (
-            (theirs / "inference_eval" / f"{name}-metrics.jsonl").read_text().splitlines()[-1:]
-        )
-        metrics = json.loads(last)
         if is_ranked:
-            expected = np.array([score for record in records for score in record["choice_scores"]])
-            found = np.array([line["score"] for line in lines])
-            assert [line["input"]["targets_pretokenized"] for line in lines] == [
-                c for r in records for c in r["choices"]
-            ]
-            choices += len(expected)
-            greatest = max(greatest, float(np.abs(expected - found).max()))
-        else:
             pairs = [
-                (line["prediction"], record["prediction"])
-                for line, record in zip(lines, records, strict=True)
+                (c, x)
+                for r in records
+                for c, x in zip(r["choices"], r["choice_scores"], strict=True)
             ]
-            texts += len(pairs)
-            different += sum(a != b for a, b in pairs)
-        differences += [
-            abs(value - metrics[metric])
-            for (t, p, metric), value in scores.items()
-            if (t, p) == (task, prompt)
-        ]
+            assert [_inputs(line)["targets_pretokenized"] for line in lines] == [
+                c for c, _ in pairs
+            ]
+            expected, found = [x for _, x in pairs], [line["score"] for line in lines]
+            choices += len(pairs)
+            greatest = max(greatest, float(np.abs(np.subtract(expected, found)).max()))
+        else:
+            assert [_inputs(line)["inputs_pretokenized"] for line in lines] == [
+                r["inputs"] for r in records
+            ]
+            texts += len(records)
+            different += sum(
+                line["prediction"] != record["prediction"]
+                for line, record in zip(lines, records, strict=True)
+            )
+        if files == EVALUATED:
+            found = metrics(theirs, name)
+            differences += [
+                abs(value - found[metric])
+                for (t, p, metric), value in scores.items()
+                if (t, p) == (task, prompt)
+            ]
     return Compared(
         choices=choices,
         greatest=greatest,
         texts=texts,
         different=different,
         metrics=len(differences),
-        furthest=max(differences),
+        furthest=max(differences, default=0.0),
     )
 
 
-def metrics(theirs: pathlib.Path) -> dict[str, float]:
-    """The main values of an output of t5x.eval by task."""
-    found = {}
-    for file in sorted((theirs / "inference_eval").glob("*-metrics.jsonl")):
-        values = json.loads(file.read_text().splitlines()[-1])
-        name = next(name for name in values if name != "step")
-        found[f"{file.name.removesuffix('-metrics.jsonl')} {name}"] = values[name]
-    return found
+def _inputs(line: Mapping[str, Any]) -> dict[str, Any]:
+    return line.get("input") or line["inputs"]  # of t5x.eval and of t5x.infer
+
+
+def metrics(theirs: pathlib.Path, task: str) -> dict[str, float]:
+    """The values that t5x.eval wrote of a task, the last ones, by metric."""
+    file = theirs / "inference_eval" / f"{task}-metrics.jsonl"
+    return json.loads(file.read_text().splitlines()[-1])
+
+
+def examples(theirs: pathlib.Path) -> dict[str, str]:
+    """All that t5x.eval wrote of examples, by file."""
+    return {f.name: f.read_text() for f in theirs.glob(EVALUATED.format(task="*"))}

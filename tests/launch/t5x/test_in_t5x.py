@@ -16,6 +16,7 @@ from merging.models.config import named
 from merging.models.decoding import generate
 from merging.models.families import model_of
 from merging.training import output
+from tests.campaigns import t5x as campaigns
 from tests.launch.t5x import programs
 
 # T5X and what it imports warn of their own deprecations.
@@ -198,3 +199,11 @@ def test_its_programs_train_and_evaluate_what_we_write(tmp_path: pathlib.Path):
     found = programs.compared(tmp_path / "theirs", tmp_path / "ours", "checkpoint_2")
     assert found.choices > 100
     assert found.is_good, found
+
+
+@pytest.mark.slow
+def test_merges_of_its_scanned_model_are_evaluated_and_trained_on(tmp_path: pathlib.Path):
+    """The campaign's part, two steps a run: t5x.train, an expert of either flavour -> launch.merge -> t5x.eval and t5x.train."""
+    campaign = campaigns.Campaign(tmp_path, steps=2)
+    campaigns.of_t5x(campaign, "scalable_t5", ("plays_liked_mini", "answers_right_mini"))
+    assert campaign.is_good

@@ -263,6 +263,30 @@ def test_processes_write_one_checkpoint(tmp_path, kind):
     assert same(read_all(open_checkpoint(out)), ARRAYS)
 
 
+def test_what_t5x_does_not_partition_is_in_its_file_whoever_writes_it(tmp_path):
+    """Of Adafactor's state, which T5X restores so only; from Orbax, where every leaf is an array; by two processes."""
+    slots = {"m": np.zeros(1), "v": np.zeros(1), "v_row": np.arange(5.0), "v_col": np.arange(3.0)}
+    slots = {name: array.astype(np.float32) for name, array in slots.items()}
+    slots |= {"bias/v": np.ones(4, np.float32)}
+    state = {f"state/param_states/{name}": array for name, array in slots.items()}
+    params = {"target/kernel": np.ones((5, 3), np.float32), "target/bias": np.ones(4, np.float32)}
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "base", nested({**params, **state, "state/step": np.int32(3)}))
+    base = open_checkpoint(tmp_path / "base", params_path="target")
+    out, options = made(tmp_path / "c"), {"like": base, "optimizer_state": "base"}
+    for i in (1, 0):
+        copy(base, t5x.Writer(out, base.specs(), **options, process_index=i, process_count=2))
+    written = msgpack.unpackb((out / "checkpoint").read_bytes())["optimizer"]["state"]
+    assert written["step"] == inline(np.int32(3))
+    for name in ("m", "v", "v_row", "v_col"):
+        assert written["param_states"][name] == inline(slots[name])
+    assert written["param_states"]["bias"]["v"]["metadata"]["shape"] == [4]
+    found = open_checkpoint(out)
+    assert all(
+        same({n: found.read_rest(n, boxes.whole(a.shape))}, {n: a}) for n, a in state.items()
+    )
+
+
 @pytest.mark.parametrize("kind", ["t5x", "t5x_orbax"])
 def test_a_closed_writer_leaves_no_checkpoint(tmp_path, kind):
     writer = FORMATS[kind](tmp_path, memory_reader().specs())
