@@ -39,7 +39,9 @@ def define_flags() -> None:
     flags.DEFINE_string("output", None, "The study's folder; short for --gin.OUTPUT_DIR.")
     flags.DEFINE_integer("worker", 0, "Which worker this is, from 0.", lower_bound=0)
     flags.DEFINE_integer("num_workers", 1, "How many share a phase.", lower_bound=1)
-    flags.DEFINE_bool("status", False, "Print what is there and what is missing, and end.")
+    flags.DEFINE_bool(
+        "status", False, "Print what is there, what is missing and the time left, and end."
+    )
     flags.DEFINE_bool("plan", False, "Print what it will cost, and end.")
     flags.DEFINE_enum("chip", "v5e", sorted(CHIPS), "For --plan: whose published peak.")
     flags.DEFINE_float("mfu", 0.4, "For --plan: the share of the peak that is reached.")
@@ -84,12 +86,18 @@ def main(joined: devices.Processes) -> None:
     if values.plan:
         print(priced(resolved, values.chip, values.mfu))
         return
+    if values.status:
+        from launch.study_status import described
+
+        planned = plan(resolved)
+        print(f"{planned.describe()}\n\n{described(planned)}")
+        return
     study(
         resolved,
         joined,
         worker=values.worker,
         num_workers=values.num_workers,
-        is_dry_run=gin_config.DRY_RUN.value or values.status,
+        is_dry_run=gin_config.DRY_RUN.value,
     )
 
 
