@@ -20,6 +20,7 @@ class Examples:
       lengths: {"inputs": tokens, "targets": tokens}; what is longer is cut and counted.
       split: the split.
       limit: examples of each task, a sample that the seed decides; None: all.
+      skip: of each task so many are left out first: those that a run with this limit takes.
       seed: of samples and of few-shot examples.
       num_prompts: of each dataset, the first so many; None: all.
       few_shot: examples of the training split before each, with their answers.
@@ -31,6 +32,7 @@ class Examples:
     lengths: Mapping[str, int]
     split: str = "validation"
     limit: int | None = None
+    skip: int = 0
     seed: int = 0
     num_prompts: int | None = None
     few_shot: int = 0
@@ -44,8 +46,9 @@ class Examples:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name.upper()} is {value}: it must be at least 1, or None")
-        if self.few_shot < 0:
-            raise ValueError(f"FEW_SHOT is {self.few_shot}: it must be at least 0")
+        for name in ("few_shot", "skip"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name.upper()} is {getattr(self, name)}: it must be at least 0")
 
 
 def evaluation_tasks(
@@ -69,6 +72,7 @@ def evaluation_tasks(
             lengths=packing.Lengths.of(asked.lengths),
             split=asked.split,
             limit=asked.limit,
+            skip=asked.skip,
             seed=asked.seed,
             truncation=asked.truncation,
             few_shot=asked.few_shot,

@@ -25,7 +25,7 @@ from launch.progress import Studying
 from launch.study_data import Sources, check_mixtures, study_data
 
 if TYPE_CHECKING:  # the library brings jax, which --help does without
-    pass
+    from merging.study import Plan
 
 RUN_FILE = "gin_configs/runs/study.gin"
 

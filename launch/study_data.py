@@ -11,10 +11,9 @@ from launch.evaluation import Examples, evaluation_tasks
 from launch.mixtures import Mixtures, mixtures
 
 if TYPE_CHECKING:  # these bring what --help does without
-    from merging.evaluation.examples import Task
     from merging.finetune import Mixture
     from merging.grid.study_file import Category
-    from merging.study import Data, Training
+    from merging.study import Data, Tasks, Training
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +26,7 @@ class Sources:
       limit: examples of each task; None: all.
       num_prompts: of each dataset; None: all.
       loss_limit: examples of each held-in task whose right answers' cross-entropy is told too; 0: of none.
+      tuning_limit: examples of each held-in task that settings are chosen by, where they are; these judge nobody then.
       seed: of samples and of the order of training examples.
       cache_dir: where packed mixtures lie; None: ~/.cache/merging-at-scale/packed.
     """
@@ -36,6 +36,7 @@ class Sources:
     limit: int | None = None
     num_prompts: int | None = None
     loss_limit: int = 0
+    tuning_limit: int = 25
     seed: int = 0
     cache_dir: str | None = None
 
@@ -48,6 +49,7 @@ def study_data(sources: Sources, registered: Mapping[str, Any]) -> Data:
         categories=categories(sources.collection),
         mixture=functools.partial(_mixture, sources, registered),
         tasks=functools.partial(_tasks, sources, registered),
+        tuning_tasks=functools.partial(_tuning_tasks, sources, registered),
     )
 
 
@@ -100,27 +102,44 @@ def _mixture(sources: Sources, registered: Mapping[str, Any], how: Training, nam
     return made
 
 
-def _tasks(sources: Sources, registered: Mapping[str, Any]) -> tuple[list[Task], dict[str, Any]]:
+def _judged(sources: Sources, role: str, **changes: Any) -> Examples:
+    """The examples of a role's categories."""
     from tasks import catalog
 
-    suffix = catalog.suffix(sources.collection)
-    judged = Examples(
-        mixture_or_task_name=[role + suffix for role in (catalog.HELD_IN, catalog.HELD_OUT)],
+    standard = Examples(
+        mixture_or_task_name=role + catalog.suffix(sources.collection),
         lengths=sources.lengths,
         limit=sources.limit,
         seed=sources.seed,
         num_prompts=sources.num_prompts,
     )
-    found, identity = evaluation_tasks(judged, registered)
-    if not sources.loss_limit:
-        return found, identity
-    told = dataclasses.replace(
-        judged,
-        mixture_or_task_name=catalog.HELD_IN + suffix,
-        limit=sources.loss_limit,
-        num_prompts=1,
-        measure="loss",
-    )
-    losses, loss_identity = evaluation_tasks(told, registered)
-    named = [dataclasses.replace(task, name=f"{task.name}_loss") for task in losses]
-    return [*found, *named], identity | {"losses": loss_identity}
+    return dataclasses.replace(standard, **changes)
+
+
+def _tasks(sources: Sources, registered: Mapping[str, Any], is_tuned: bool) -> Tasks:
+    from tasks import catalog
+
+    # What settings are chosen by judges nobody.
+    skip = sources.tuning_limit if is_tuned else 0
+    asked = {
+        catalog.HELD_IN: _judged(sources, catalog.HELD_IN, skip=skip),
+        catalog.HELD_OUT: _judged(sources, catalog.HELD_OUT),
+    }
+    found, identities = [], {}
+    for role, examples in asked.items():
+        of_role, identities[role] = evaluation_tasks(examples, registered)
+        found += of_role
+    if sources.loss_limit:
+        told = dataclasses.replace(
+            asked[catalog.HELD_IN], limit=sources.loss_limit, num_prompts=1, measure="loss"
+        )
+        losses, identities["losses"] = evaluation_tasks(told, registered)
+        found += [dataclasses.replace(task, name=f"{task.name}_loss") for task in losses]
+    return found, identities
+
+
+def _tuning_tasks(sources: Sources, registered: Mapping[str, Any]) -> Tasks:
+    from tasks import catalog
+
+    asked = _judged(sources, catalog.HELD_IN, limit=sources.tuning_limit)
+    return evaluation_tasks(asked, registered)

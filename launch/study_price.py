@@ -14,6 +14,7 @@ from launch.chips import CHIPS, GB
 from launch.study_data import Sources
 
 if TYPE_CHECKING:
+    from merging.grid.study_file import Dataset
     from merging.study import Plan, Training
 
 EXAMPLES = 1_000  # of a task where LIMIT sets none: what most validation splits have at least
@@ -57,10 +58,12 @@ def prices(planned: Plan, sources: Sources) -> list[Price]:
     from merging.training.curves import flops_per_token
 
     s = planned.settings
-    datasets = [each for c in planned.data.categories.values() for each in c.datasets.values()]
-    tasks = sum(len(each.tasks) for each in datasets) * (sources.num_prompts or PROMPTS)
+    datasets = [each for name in planned.data.categories for each in _datasets(planned, name)]
+    tasks = _tasks(datasets) * (sources.num_prompts or PROMPTS)
     row = sum(sources.lengths.values())
     tokens = tasks * (sources.limit or EXAMPLES) * row
+    held_in = [each for name in planned.held_in for each in _datasets(planned, name)]
+    chosen_by = _tasks(held_in) * (sources.num_prompts or PROMPTS) * sources.tuning_limit * row
     found = []
     for size in s.sizes:
         config = planned.config(size)
@@ -70,6 +73,7 @@ def prices(planned: Plan, sources: Sources) -> list[Price]:
         models = [item for item in planned.items["cells"] if item.size == size]
         merges = [cell for base in s.bases for cell in planned.merges(size, base).values()]
         number = config.num_params()
+        choices = _choices(planned) * len(s.bases)
         found.append(
             Price(
                 size=size,
@@ -82,7 +86,9 @@ def prices(planned: Plan, sources: Sources) -> list[Price]:
                     * flops_per_token(config, sum(how.lengths.values()))
                     for how in trained
                 ),
-                evaluate_flops=len(models) * tokens * flops_per_token(config, row) / 3,
+                evaluate_flops=(len(models) * tokens + choices * chosen_by)
+                * flops_per_token(config, row)
+                / 3,
                 merges=len(merges),
                 merge_bytes=sum(4 * number * (cell.num_experts + 2) for cell in merges),
                 evaluations=len(models) * len(datasets),
@@ -90,6 +96,23 @@ def prices(planned: Plan, sources: Sources) -> list[Price]:
             )
         )
     return found
+
+
+def _datasets(planned: Plan, category: str) -> list[Dataset]:
+    return list(planned.data.categories[category].datasets.values())
+
+
+def _tasks(datasets: Sequence[Dataset]) -> int:
+    return sum(len(each.tasks) for each in datasets)
+
+
+def _choices(planned: Plan) -> int:
+    """Models that are scored to choose the settings of a size and base."""
+    from merging.grid.tuning import candidates
+
+    s = planned.settings
+    each = sum(len(candidates(method)) for method in s.methods.values()) if s.tune else 0
+    return each * len(s.num_experts)
 
 
 def described(found: Sequence[Price], chip: str, mfu: float) -> str:

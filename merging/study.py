@@ -25,17 +25,16 @@ import jax.numpy as jnp
 from etils import epath
 
 from merging import finetune, manifest
-from merging.checkpoints import open_checkpoint
 from merging.checkpoints.storage import put_file
 from merging.engine import hosts
-from merging.engine.resident import merge_params
 from merging.engine.vectors import task_vectors_of
 from merging.evaluation.collect import Result, put_scores
 from merging.evaluation.evaluator import Evaluator, Options
 from merging.evaluation.examples import Task
+from merging.family import Family
 from merging.finetune import Mixture
-from merging.grid import study_file
-from merging.grid.cells import Cell, cells
+from merging.grid import study_file, tuning
+from merging.grid.cells import TUNED, Cell, cells
 from merging.grid.study_file import (
     BASE,
     HELD_IN,
@@ -50,7 +49,6 @@ from merging.methods.method import Method
 from merging.models import model_file
 from merging.models.config import DecoderConfig
 from merging.models.families import is_prefix_lm, model_of
-from merging.models.parameters import read_params
 from merging.partitioning import MeshShape, mesh_of
 from merging.training.optimizer import adamw
 from merging.training.settings import Optimizer
@@ -106,8 +104,12 @@ class Settings:
       methods: by the name that they have in the report.
       num_experts: of a merge.
       seeds: that pick them.
+      expert_steps: experts that were trained for so many steps only are made and merged too.
       mesh: how devices are used; None: all along the data axis.
       seed: of all training.
+      tune: merges are made by chosen settings too: see `grid.tuning`.
+      experts_in_memory: base and all experts of a size lie in the devices' memory together; False: merges are streamed from disk; None:
+        where they fit.
       models_at_once: that are evaluated by one step, each on one device.
       normalization, row_length, batch_tokens, shapes: see `evaluator.Options`.
     """
@@ -122,13 +124,19 @@ class Settings:
     methods: Mapping[str, Method]
     num_experts: Sequence[int] = (2, 4, 6, 8)
     seeds: Sequence[int] = (0, 1, 2)
+    expert_steps: Sequence[int] = ()
     mesh: MeshShape | jax.sharding.Mesh | None = None
     seed: int = 0
+    tune: bool = False
+    experts_in_memory: bool | None = None
     models_at_once: int = 1
     normalization: str = "sum"
     row_length: int = 2_048
     batch_tokens: int = 4_096
     shapes: int = 4
+
+
+Tasks = tuple[Sequence[Task], Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,12 +146,14 @@ class Data:
     Attributes:
       categories: held-in and held-out ones, in the order of the table.
       mixture: (how to train, name of a mixture) -> what is trained on.
-      tasks: () -> what judges, and JSON that says all it depends on.
+      tasks: (whether settings are chosen, by examples that judge nobody then) -> what judges, and JSON that says all it depends on.
+      tuning_tasks: () -> the same of what settings are chosen by.
     """
 
     categories: Mapping[str, Category]
     mixture: Callable[[Training, str], Mixture]
-    tasks: Callable[[], tuple[Sequence[Task], Mapping[str, Any]]]
+    tasks: Callable[[bool], Tasks]
+    tuning_tasks: Callable[[], Tasks]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,6 +165,7 @@ class Item:
       name: what is made: a model, or a group of experts.
       folders: that hold a manifest once it is done.
       needs: folders that must hold one before.
+      steps: of experts, where these are fewer.
     """
 
     phase: str
@@ -163,6 +174,7 @@ class Item:
     name: str
     folders: tuple[epath.Path, ...]
     needs: tuple[epath.Path, ...] = ()
+    steps: int | None = None
 
     @property
     def is_done(self) -> bool:
@@ -221,10 +233,17 @@ class Plan:
         """Where the base is: made here, or a checkpoint that was there."""
         return base_folder(self.settings, self.places, size, base)
 
-    def expert_folder(self, size: str, base: str, category: str) -> epath.Path:
-        """Where the expert of a category is."""
+    def expert_folder(
+        self, size: str, base: str, category: str, steps: int | None = None
+    ) -> epath.Path:
+        """Where the expert of a category is; `steps` as in `Cell`."""
         group = self.held_in.index(category) // self.settings.expert.of_size(size).at_once
-        return self.places.experts(size, base, group) / category
+        return self.places.experts(size, base, group, steps) / category
+
+    @property
+    def every_steps(self) -> list[int | None]:
+        """Of experts: None, which is all that there are, and fewer."""
+        return [None, *self.settings.expert_steps]
 
     def describe(self) -> str:
         """The plan as text, one fact a line."""
@@ -267,6 +286,8 @@ def plan(settings: Settings, data: Data) -> Plan:
         num_experts=settings.num_experts,
         seeds=settings.seeds,
         categories=held_in,
+        is_tuned=settings.tune,
+        expert_steps=settings.expert_steps,
     )
     for method in settings.methods.values():
         for number in settings.num_experts:
@@ -304,6 +325,13 @@ def _check(s: Settings) -> None:
         problems.append(
             f"the experts' mixture is {s.expert.mixture!r}: it must have {{category}} in it"
         )
+    for size in s.sizes:
+        most = s.expert.of_size(size).train_steps
+        problems += [
+            f"EXPERT_STEPS has {steps}: the experts of {size} are trained for {most} steps, and these must be fewer"
+            for steps in s.expert_steps
+            if not 1 <= steps < most
+        ]
     if s.models_at_once < 1:
         problems.append(f"MODELS_AT_ONCE is {s.models_at_once}: it must be at least 1")
     if problems:
@@ -337,9 +365,10 @@ def _experts(planned: Plan) -> list[Item]:
         for base, how in s.bases.items():
             needs = (planned.places.base(size, base),) if isinstance(how, Training) else ()
             make = functools.partial(Item, phase="experts", size=size, base=base, needs=needs)
-            for number in range(-(-len(planned.held_in) // at_once)):
-                folder = planned.places.experts(size, base, number)
-                items.append(make(name=f"experts_{number}", folders=(folder,)))
+            for steps in planned.every_steps:
+                for number in range(-(-len(planned.held_in) // at_once)):
+                    folder = planned.places.experts(size, base, number, steps)
+                    items.append(make(name=folder.name, folders=(folder,), steps=steps))
             if s.multitask is not None:
                 folder = planned.places.multitask(size, base)
                 items.append(make(name=MULTITASK, folders=(folder,)))
@@ -365,7 +394,7 @@ def _models(planned: Plan, experts: Sequence[Item]) -> list[Item]:
         for base in s.bases
         for model in (
             BASE,
-            *map(expert, planned.held_in),
+            *(expert(each, steps) for steps in planned.every_steps for each in planned.held_in),
             *([MULTITASK] if s.multitask is not None else []),
             *planned.merges(size, base),
         )
@@ -386,6 +415,7 @@ class Seconds:
     read: float = 0.0
     tasks: float = 0.0
     merge: float = 0.0
+    tune: float = 0.0
     evaluate: float = 0.0
     write: float = 0.0
 
@@ -541,8 +571,10 @@ class _Making:
             self._train(how, item.size, item.folders[0], start=start)
             return
         how = self.settings.expert.of_size(item.size)
-        number = int(item.name.removeprefix("experts_"))
-        categories = self.plan.held_in[number * how.at_once : (number + 1) * how.at_once]
+        if item.steps is not None:
+            how = dataclasses.replace(how, train_steps=item.steps)
+        folder = functools.partial(self.plan.expert_folder, item.size, item.base, steps=item.steps)
+        categories = [c for c in self.plan.held_in if folder(c).parent == item.folders[0]]
         self._train(how, item.size, item.folders[0], start=start, categories=categories)
 
     def _train(
@@ -589,16 +621,21 @@ class _Making:
     # ---- scores ----------------------------------------------------------------------------------------------------
 
     @functools.cached_property
-    def _tasks(self) -> tuple[Sequence[Task], Mapping[str, Any]]:
+    def _tasks(self) -> Tasks:
         with self._counted("tasks"):
-            return self.plan.data.tasks()
+            return self.plan.data.tasks(self.settings.tune)
+
+    @functools.cached_property
+    def _tuning_tasks(self) -> Tasks:
+        with self._counted("tasks"):
+            return self.plan.data.tuning_tasks()
 
     @functools.cached_property
     def _mesh(self) -> jax.sharding.Mesh:
         return mesh_of(self.settings.mesh)
 
-    @functools.lru_cache(maxsize=1)  # sizes come one after another  # noqa: B019
-    def _evaluator(self, config: DecoderConfig) -> Evaluator:
+    @functools.lru_cache(maxsize=2)  # sizes come one after another  # noqa: B019
+    def _evaluator(self, config: DecoderConfig, *, is_tuning: bool = False) -> Evaluator:
         s = self.settings
         options = Options(
             normalization=s.normalization,
@@ -607,16 +644,43 @@ class _Making:
             batch_tokens=s.batch_tokens,
             shapes=s.shapes,
         )
-        return Evaluator(model_of(config), self._tasks[0], mesh=self._mesh, options=options)
+        tasks, _ = self._tuning_tasks if is_tuning else self._tasks
+        return Evaluator(model_of(config), tasks, mesh=self._mesh, options=options)
+
+    def _family(self, size: str, base: str) -> Family:
+        def judge(params: Any, categories: Sequence[str]) -> float:
+            evaluator = self._evaluator(self.plan.config(size), is_tuning=True)
+            with self._counted("tune"):
+                results = evaluator(params, TUNED)
+            return tuning.held_in_score(results, [self.plan.data.categories[c] for c in categories])
+
+        return Family(
+            self.plan,
+            size,
+            base,
+            self._mesh,
+            counted=self._counted,
+            judge=judge,
+            judge_identity=lambda: self._judged_by(self._tuning_tasks[1]),
+            log=self.log,
+        )
+
+    def _judged_by(self, tasks: Mapping[str, Any]) -> dict[str, Any]:
+        """All that scores depend on beside a model's parameters, as JSON."""
+        s = self.settings
+        return {"tasks": dict(tasks), "normalization": s.normalization, "row_length": s.row_length}
 
     def _score(self, items: Sequence[Item]) -> Iterator[Item]:
         """Scores models of one size and base; `models_at_once` of them by one step."""
         size, base = items[0].size, items[0].base
-        tasks, tasks_identity = self._tasks
-        family = _Family(self.plan, size, base, self._mesh, self._counted)
+        family = self._family(size, base)
         evaluator = self._evaluator(family.config)
         family.read()
-        if not self.places.vectors(size, base).exists():
+        if family.streams:
+            self.log(
+                f"{size}/{base}: task vectors that don't lie in memory together are not compared"
+            )
+        elif not self.places.vectors(size, base).exists():
             with self._counted("merge"):
                 self._write_vectors(family)
         at_once = self.settings.models_at_once
@@ -634,8 +698,14 @@ class _Making:
             evaluated_in = (time.perf_counter() - begun) / len(group)
             with self._counted("write"):
                 for item, seconds, of_model in zip(group, merged_in, results, strict=True):
+                    identity = {
+                        "stage": "study",
+                        "model": item.name,
+                        **self._judged_by(self._tasks[1]),
+                        **family.identity(item.name),
+                    }
                     record = {
-                        **manifest.provenance(family.identity(item.name, tasks_identity)),
+                        **manifest.provenance(identity),
                         "load_or_merge_seconds": round(seconds, 4),
                         "evaluate_seconds": round(evaluated_in, 4),
                         "config": self.config_text,
@@ -653,13 +723,13 @@ class _Making:
             manifest.write(folder, record)
         hosts.wait_for_all(f"scores in {folder}")
 
-    def _write_vectors(self, family: _Family) -> None:
-        found = task_vectors_of(family.base, list(family.experts.values()))
+    def _write_vectors(self, family: Family) -> None:
+        found = task_vectors_of(family.base, list(family.experts().values()))
         path = self.places.vectors(family.size, family.base_name)
         if hosts.is_main():
             path.parent.mkdir(parents=True, exist_ok=True)
             content = {
-                "experts": list(family.experts),
+                "experts": list(family.experts()),
                 **{k: v.tolist() for k, v in dataclasses.asdict(found).items()},
             }
             put_file(path, (json.dumps(content, indent=1) + "\n").encode())
@@ -675,94 +745,3 @@ def _evaluated(
     filled = [*params, *params[-1:] * missing]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *filled)
     return evaluator.many(stacked, [*ids, *ids[-1:] * missing])[: len(ids)]
-
-
-class _Family:
-    """The models of one size and base: base and experts in memory, read when first asked for; merges made of them."""
-
-    def __init__(
-        self,
-        planned: Plan,
-        size: str,
-        base: str,
-        mesh: jax.sharding.Mesh,
-        counted: Callable[[str], contextlib.AbstractContextManager[None]],
-    ):
-        self.plan, self.size, self.base_name = planned, size, base
-        self.folder = planned.base_folder(size, base)
-        self.config = model_file.describe(self.folder).config
-        self._mesh, self._counted = mesh, counted
-        self._merges = planned.merges(size, base)
-
-    def _read(self, folder: epath.Path) -> Any:
-        with self._counted("read"):
-            return read_params(folder, self.config, self._mesh)
-
-    def read(self) -> None:
-        """Base and experts now, so that no merge's time has theirs in it."""
-        _ = self.base, self.experts
-
-    @functools.cached_property
-    def base(self) -> Any:
-        return self._read(self.folder)
-
-    @functools.cached_property
-    def experts(self) -> dict[str, Any]:
-        return {
-            category: self._read(self.plan.expert_folder(self.size, self.base_name, category))
-            for category in self.plan.held_in
-        }
-
-    @functools.cached_property
-    def _digests(self) -> dict[str, str]:
-        """Of every checkpoint, by the name of its model."""
-        folders = {BASE: self.folder}
-        for category in self.plan.held_in:
-            folder = self.plan.expert_folder(self.size, self.base_name, category)
-            folders[expert(category)] = folder
-        if self.plan.settings.multitask is not None:
-            folders[MULTITASK] = self.plan.places.multitask(self.size, self.base_name)
-        found = {}
-        for name, folder in folders.items():
-            with contextlib.closing(open_checkpoint(folder)) as reader:
-                found[name] = reader.digest()
-        return found
-
-    def params(self, model: str) -> Any:
-        """The parameters of a model of this size and base."""
-        if model == BASE:
-            return self.base
-        if model == MULTITASK:
-            return self._read(self.plan.places.multitask(self.size, self.base_name))
-        if model in self._merges:
-            cell = self._merges[model]
-            experts = [self.experts[category] for category in cell.categories]
-            with self._counted("merge"):
-                return merge_params(
-                    self.base,
-                    experts,
-                    self.plan.settings.methods[cell.method],
-                    seed=cell.seed,
-                    stacked=model_file.stacked_of(self.config),
-                )
-        return self.experts[model.removeprefix(expert(""))]
-
-    def identity(self, model: str, tasks: Mapping[str, Any]) -> dict[str, Any]:
-        """All that the scores of a model depend on, as JSON."""
-        settings = self.plan.settings
-        identity: dict[str, Any] = {
-            "stage": "study",
-            "model": model,
-            "tasks": dict(tasks),
-            "normalization": settings.normalization,
-            "row_length": settings.row_length,
-        }
-        if model not in self._merges:
-            return identity | {"inputs": {model: self._digests[model]}}
-        cell = self._merges[model]
-        names = [BASE, *map(expert, cell.categories)]
-        return identity | {
-            "method": repr(settings.methods[cell.method]),
-            "seed": cell.seed,
-            "inputs": {name: self._digests[name] for name in names},
-        }

@@ -96,6 +96,7 @@ def evaluation_set(
     lengths: Lengths,
     split: str = "validation",
     limit: int | None = None,
+    skip: int = 0,
     seed: int = 0,
     truncation: str = "end",
     few_shot: int = 0,
@@ -107,7 +108,8 @@ def evaluation_set(
       lengths: of inputs and targets.
       split: the split.
       limit: take so many, a sample that the seed decides; None: all, in order.
-      seed: of the sample.
+      skip: leave out so many first, a sample too: those that a call with this limit takes.
+      seed: of the samples.
       truncation: see `packing.truncate`.
       few_shot: examples of the training split, with their answers, before each; drawn by the seed and the example's id. With them the
         inputs are cut at their start, which loses the first of these first.
@@ -120,15 +122,15 @@ def evaluation_set(
     provider = seqio.TaskRegistry.get(name)
     if split not in provider.splits:
         raise ValueError(f"{name} has no split {split!r}; it has {', '.join(provider.splits)}")
-    dataset = provider.get_dataset(
-        sequence_length=None, split=split, shuffle=limit is not None, seed=seed
-    )
+    is_sample = limit is not None or skip > 0
+    dataset = provider.get_dataset(sequence_length=None, split=split, shuffle=is_sample, seed=seed)
     shots = _Shots(provider, few_shot, seed) if few_shot else None
     metric = METRICS[info.dataset.metric]
     target = provider.output_features["targets"]
     cut = collections.Counter()
     examples = []
-    for features in dataset.take(-1 if limit is None else limit).as_numpy_iterator():
+    dataset = dataset.skip(skip).take(-1 if limit is None else limit)
+    for features in dataset.as_numpy_iterator():
         choices_text = _texts(features["choices"])
         ends = [target.vocabulary.eos_id] if target.add_eos else []
         choices = [
@@ -159,7 +161,8 @@ def evaluation_set(
             )
         )
     if not examples:
-        raise ValueError(f"{name} has no {split} example")
+        more = f" behind the first {skip}" if skip else ""
+        raise ValueError(f"{name} has no {split} example{more}")
     return EvaluationSet(
         info=info,
         split=split,

@@ -11,9 +11,15 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 
+from merging.grid.tuning import candidates
 from merging.methods.method import Method
 
 FIXED, TUNED = "fixed", "tuned"
+
+
+def at_steps(steps: int) -> str:
+    """The setting of merges of experts that were trained for so many steps only."""
+    return f"at_{steps}_steps"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,7 +31,8 @@ class Cell:
       method: its name in the study.
       num_experts, seed: how many experts, and who picked them.
       categories: of the experts, in the order of the study's table.
-      setting: "fixed" or "tuned".
+      setting: "fixed", "tuned", or that of experts of fewer steps.
+      steps: of the experts, where these are fewer; else None.
       model: its name among the models of its size and base; equal merges share one.
     """
 
@@ -36,6 +43,7 @@ class Cell:
     seed: int
     categories: tuple[str, ...]
     setting: str = FIXED
+    steps: int | None = None
     model: str = ""
 
 
@@ -56,9 +64,10 @@ def cells(
     num_experts: Sequence[int],
     seeds: Sequence[int],
     categories: Sequence[str],
-    settings: Sequence[str] = (FIXED,),
+    is_tuned: bool = False,
+    expert_steps: Sequence[int] = (),
 ) -> list[Cell]:
-    """Every cell, size by size. Merges that no seed can change name one model.
+    """Every cell, size by size; those of chosen settings and of experts of fewer steps where asked for. Merges that no seed or no choice can change name one model.
 
     Raises ValueError for more experts than there are categories, and fewer than one.
     """
@@ -68,6 +77,8 @@ def cells(
             f"NUM_EXPERTS has {', '.join(map(str, wrong))}: there are {len(categories)} held-in categories, an expert each"
             f" ({', '.join(categories)})"
         )
+    settings = {FIXED: None} | ({TUNED: None} if is_tuned else {})
+    settings |= {at_steps(steps): steps for steps in expert_steps}
     return [
         Cell(
             size=size,
@@ -77,16 +88,17 @@ def cells(
             seed=seed,
             categories=subset(categories, n, seed),
             setting=setting,
+            steps=steps,
             model=model_name(
                 method,
                 n,
                 seeds[0] if n == len(categories) and not made.draws_masks else seed,
-                setting,
+                FIXED if setting == TUNED and not candidates(made) else setting,
             ),
         )
         for size in sizes
         for base in bases
-        for setting in settings
+        for setting, steps in settings.items()
         for method, made in methods.items()
         for n in num_experts
         for seed in seeds

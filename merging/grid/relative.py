@@ -99,7 +99,8 @@ def relative(results: Results, setting: str) -> Relative:
             )
             rows[at] = results.rows[cell.size, cell.base, cell.model]
             merged[at] = [name in cell.categories for name in categories]
-    reference = np.stack([[_reference(results, s, b) for b in bases] for s in sizes])
+    steps = study.steps[setting]
+    reference = np.stack([[_reference(results, s, b, steps) for b in bases] for s in sizes])
     multitask = np.stack(
         [[results.raw[results.rows[s, b, MULTITASK]] for b in bases] for s in sizes]
     )
@@ -177,13 +178,14 @@ def category_means(
     return means.reshape(len(weights), *cells)
 
 
-def _reference(results: Results, size: str, base: str) -> list[float]:
-    """[D]: the raw score that a dataset's ratio has below the line."""
+def _reference(results: Results, size: str, base: str, steps: int | None) -> list[float]:
+    """[D]: the raw score that a dataset's ratio has below the line; `steps`: of experts, where they have fewer."""
+
+    def model(category: str, role: str) -> str:
+        return expert(category, steps) if role == HELD_IN else BASE
+
     return [
-        results.raw[
-            results.rows[size, base, expert(each.category) if each.role == HELD_IN else BASE],
-            column,
-        ]
+        results.raw[results.rows[size, base, model(each.category, each.role)], column]
         for column, each in enumerate(results.study.datasets)
     ]
 

@@ -71,6 +71,11 @@ class Study:
         return tuple(dict.fromkeys(cell.setting for cell in self.cells))
 
     @property
+    def steps(self) -> dict[str, int | None]:
+        """Of each setting the steps of its experts, where these are fewer than all."""
+        return {cell.setting: cell.steps for cell in self.cells}
+
+    @property
     def roles(self) -> Mapping[str, str]:
         """The role of each category."""
         return {each.category: each.role for each in self.datasets}
@@ -79,7 +84,9 @@ class Study:
     def models(self) -> list[Model]:
         """All models that have scores, once each: base, experts, multitask and merges of every size and base."""
         held_in = [name for name, role in self.roles.items() if role == HELD_IN]
-        trained = [BASE, *map(expert, held_in), MULTITASK]
+        every = dict.fromkeys((None, *self.steps.values()))
+        experts = [expert(name, steps) for steps in every for name in held_in]
+        trained = [BASE, *experts, MULTITASK]
         merged = dict.fromkeys((cell.size, cell.base, cell.model) for cell in self.cells)
         return [
             *((size, base, name) for size in self.sizes for base in self.bases for name in trained),

@@ -95,7 +95,8 @@ def points(results: Results, base: str, method: str, setting: str) -> list[Point
     study = results.study
     models: dict[tuple[str, int], set[str]] = {}
     for size in study.sizes:
-        experts = [expert(name) for name, role in study.roles.items() if role == HELD_IN]
+        held_in = [name for name, role in study.roles.items() if role == HELD_IN]
+        experts = [expert(name, study.steps[setting]) for name in held_in]
         models[size, 1] = set(experts)
     for cell in study.cells:
         if (cell.base, cell.method, cell.setting) == (base, method, setting):

@@ -21,9 +21,9 @@ PRETRAINED, INSTRUCTION_TUNED = "pretrained", "instruction_tuned"
 BASE, MULTITASK = "base", "multitask"
 
 
-def expert(category: str) -> str:
-    """The name of a category's expert."""
-    return f"expert_{category}"
+def expert(category: str, steps: int | None = None) -> str:
+    """The name of a category's expert; `steps`: of the one that was trained for so many, where the study has such beside the others."""
+    return f"expert_{category}" if steps is None else f"expert_{category}_at_{steps}"
 
 
 def is_trained(model: str) -> bool:
@@ -79,9 +79,10 @@ class Places:
         """The checkpoint of a multitask model."""
         return self.models(size, base) / MULTITASK
 
-    def experts(self, size: str, base: str, group: int) -> epath.Path:
-        """The folder of experts that are trained by one run, each in a folder of its category."""
-        return self.models(size, base) / f"experts_{group}"
+    def experts(self, size: str, base: str, group: int, steps: int | None = None) -> epath.Path:
+        """The folder of experts that are trained by one run, each in a folder of its category; `steps` as in `expert`."""
+        at = "" if steps is None else f"_at_{steps}"
+        return self.models(size, base) / f"experts_{group}{at}"
 
     def scores(self, size: str, base: str, model: str) -> epath.Path:
         """scores.jsonl and manifest.json of one model."""
@@ -90,6 +91,10 @@ class Places:
     def vectors(self, size: str, base: str) -> epath.Path:
         """How the task vectors of all experts lie to one another."""
         return self.root / "vectors" / size / f"{base}.json"
+
+    def tuned(self, size: str, base: str, method: str, num_experts: int) -> epath.Path:
+        """The setting that was chosen for merges of so many experts."""
+        return self.root / "tuned" / size / base / f"{method}_n{num_experts}.json"
 
     @property
     def report(self) -> epath.Path:

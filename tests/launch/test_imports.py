@@ -18,7 +18,17 @@ ROWS = [
     {"methods", "models"},
     {"engine", "training", "evaluation", "reporting"},
     {"grid"},
-    {"finetune", "merge", "mergekit", "convert", "evaluate", "study", "report", "__init__"},
+    {
+        "finetune",
+        "merge",
+        "mergekit",
+        "convert",
+        "evaluate",
+        "study",
+        "family",
+        "report",
+        "__init__",
+    },
 ]
 FORBIDDEN = {
     "merging": {"gin", "absl", "tensorflow", "seqio", "torch", "launch", "tasks", "tests"},

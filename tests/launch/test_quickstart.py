@@ -7,6 +7,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -31,18 +32,46 @@ TINY = [
 FILES = ["gin_configs/runs/study.gin", "gin_configs/studies/quick.gin"]
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, str]:
+    """A study that nothing ended, and what its command printed."""
+    place = tmp_path_factory.mktemp("whole")
+    return place, run(place)
+
+
 @pytest.mark.slow
-def test_quick_study_from_nothing_to_the_report(tmp_path: pathlib.Path):
-    told = run(tmp_path)
+def test_quick_study_from_nothing_to_the_report(whole: tuple[pathlib.Path, str]):
+    place, told = whole
     assert "made       1 bases, 18 experts, 24 cells" in told
     assert "scores of 24 of 24 models" in told
-    assert json.loads((tmp_path / "study/report/report.json").read_text())
-    assert (tmp_path / "study/report/index.html").stat().st_size > 10_000
-    assert "made       0 bases, 0 experts, 0 cells" in run(tmp_path)
+    assert json.loads((place / "study/report/report.json").read_text())
+    assert (place / "study/report/index.html").stat().st_size > 10_000
+    assert "made       0 bases, 0 experts, 0 cells" in run(place)
 
 
-def run(place: pathlib.Path) -> str:
-    """What the command prints, which works in a folder of its own with a relative output."""
+@pytest.mark.slow
+def test_killed_three_times_it_ends_with_the_same_scores(
+    whole: tuple[pathlib.Path, str], tmp_path: pathlib.Path
+):
+    for line in ("experts 2/18", "experts 11/18", "cells 5/24"):
+        with started(tmp_path, stderr=subprocess.PIPE) as process:
+            assert any(told.startswith(line) for told in process.stderr), line
+            process.kill()  # in the middle of what comes next
+    assert "scores of 24 of 24 models" in run(tmp_path)
+    assert scores(tmp_path) == scores(whole[0])
+
+
+def scores(place: pathlib.Path) -> dict[str, list[Any]]:
+    """Of every model, but for seconds."""
+    found = {}
+    for path in sorted((place / "study/scores").rglob("scores.jsonl")):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        found[str(path.relative_to(place))] = [line | {"seconds": None} for line in lines]
+    return found
+
+
+def started(place: pathlib.Path, **how: Any) -> subprocess.Popen[str]:
+    """The command, which works in a folder of its own with a relative output."""
     command = [sys.executable, "-m", "launch.study", "--study=quick", "--output=study"]
     command += [f"--gin.{binding}" for binding in TINY]
     environment = os.environ | {
@@ -50,9 +79,15 @@ def run(place: pathlib.Path) -> str:
         "XDG_CACHE_HOME": str(place / "cache"),
     }
     environment.pop("XLA_FLAGS", None)
-    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+    return subprocess.Popen(command, cwd=place, env=environment, text=True, **how)
+
+
+def run(place: pathlib.Path) -> str:
+    """What the command prints."""
+    with started(place, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        told, errors = process.communicate()
+    assert process.returncode == 0, errors[-4000:]
+    return told
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ def test_the_price_of_a_small_study():
     flops = 6 * 1_319_680 + 12 * 5 * 4 * 32 * 128
     assert found.parameters == 1_319_680
     assert found.steps == 100 + 50 + 2 * 8 * 10 + 2 * 20
-    tokens = (100 + 50) * 32 * 128 + (2 * 8 * 10 + 2 * 20) * 16 * 128
+    tokens = (100 + 50 + 2 * 8 * 10 + 2 * 20) * 8 * 128
     assert found.train_flops == pytest.approx(tokens * flops)
     assert (found.merges, found.evaluations) == (24, 44 * 23)
     assert found.evaluate_flops == pytest.approx(44 * 23 * 50 * 128 * flops / 3)
@@ -29,3 +29,20 @@ def test_the_price_of_a_small_study():
     )
     text = study.priced(resolved, "v5e", 0.5)
     assert "mini_m" in text and "v5e chip-hours at 50% of the peak" in text
+
+
+def test_choosing_settings_has_its_price():
+    def price(tune: bool):
+        bindings = ["OUTPUT_DIR = '/nowhere'", f"TUNE = {tune}"]
+        resolved = study.configured(FILES, bindings)
+        return prices(study.plan(resolved), resolved.arguments["sources"])[0]
+
+    fixed, tuned = price(False), price(True)
+    # Averaging has nothing to choose; the others have a merge more for each of 3 numbers of experts and 2 bases.
+    assert (fixed.merges, tuned.merges) == (24, 24 + 18)
+    flops = 6 * 1_319_680 + 12 * 5 * 4 * 32 * 128
+    # 12 settings of 3 methods, judged by 25 examples of 16 held-in datasets.
+    choosing = 12 * 3 * 3 * 2 * 25 * 16
+    assert tuned.evaluate_flops - fixed.evaluate_flops == pytest.approx(
+        (18 * 23 * 50 + choosing) * 128 * flops / 3
+    )

@@ -17,6 +17,10 @@ import pytest
 import merging
 from merging import manifest, study
 from merging.evaluation.collect import SCORES, ScoresFile
+from merging.family import SHARE_OF_MEMORY, Family
+from merging.grid import tuning
+from merging.grid.relative import relative
+from merging.grid.results import read as read_results
 from merging.grid.study_file import Category, Dataset
 from merging.manifest import OutputError
 from merging.methods.averaging import Averaging
@@ -46,7 +50,12 @@ def mixture(how: Training, name: str) -> Any:
     return dataclasses.replace(runs.mixture(name, SEEDS[name]), validation=None)
 
 
-DATA = Data(categories=CATEGORIES, mixture=mixture, tasks=lambda: (TASKS, {"of": "test"}))
+DATA = Data(
+    categories=CATEGORIES,
+    mixture=mixture,
+    tasks=lambda is_tuned: (TASKS, {"of": "test", "is_tuned": is_tuned}),
+    tuning_tasks=lambda: (TASKS[:-1], {"of": "tuning"}),
+)
 
 
 def training(name: str, **changes: Any) -> Training:
@@ -78,6 +87,11 @@ def settings(output: pathlib.Path, **changes: Any) -> Settings:
 
 def run(output: pathlib.Path, *, options: dict[str, Any] | None = None, **arguments: Any):
     return study.run(study.plan(settings(output, **options or {}), DATA), **arguments)
+
+
+def family(planned: study.Plan, base: str) -> Family:
+    making = study._Making(planned, "", print, lambda *args: None, lambda step: False)
+    return making._family("tiny", base)
 
 
 def scores(output: pathlib.Path) -> dict[str, Any]:
@@ -124,10 +138,7 @@ def test_a_cell_s_merge_is_that_from_disk_to_disk(
 ):
     planned = study.plan(settings(whole), DATA)
     cell = planned.merges("tiny", "instruction_tuned")[model]
-    mesh = planned.settings.mesh
-    making = study._Making(planned, "", print, lambda *args: None, lambda step: False)
-    family = study._Family(planned, "tiny", "instruction_tuned", mesh, making._counted)
-    in_memory = family.params(model)
+    in_memory = family(planned, "instruction_tuned").params(model)
     merging.merge_checkpoints(
         base=planned.base_folder("tiny", "instruction_tuned"),
         experts=[
@@ -181,6 +192,86 @@ def test_two_workers_give_the_scores_of_one(whole: pathlib.Path, tmp_path: pathl
 
 
 @pytest.mark.slow
+def test_experts_that_do_not_fit_are_streamed_to_the_same_scores(
+    whole: pathlib.Path, tmp_path: pathlib.Path
+):
+    output = tmp_path / "study"
+    shutil.copytree(whole / "models", output / "models")
+    told = []
+    run(output, options={"experts_in_memory": False}, log=told.append)
+    assert "merges are streamed from disk" in told[0]
+    assert scores(output) == scores(whole)
+    assert not any((output / "streamed").iterdir())
+
+
+def test_what_does_not_fit_is_streamed(whole: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+    planned = study.plan(settings(whole), DATA)
+    nbytes = 4 * runs.CONFIG.num_params() * (2 + 2)  # base, two experts, their merge
+    for room, streams in ((nbytes, False), (nbytes - 1, True)):
+        monkeypatch.setattr(
+            "merging.family.memory_bytes", lambda mesh, room=room: room / SHARE_OF_MEMORY
+        )
+        assert family(planned, "pretrained").streams == streams
+
+
+@pytest.mark.slow
+def test_settings_are_chosen_by_what_judges_nobody(whole: pathlib.Path, tmp_path: pathlib.Path):
+    output = tmp_path / "study"
+    shutil.copytree(whole / "models", output / "models")
+    options = {"tune": True, "methods": {"averaging": Averaging(), "ties": Ties()}, "seeds": (0,)}
+    options["bases"] = {"pretrained": settings(output).bases["pretrained"]}
+    run(output, options=options)
+    planned = study.plan(settings(output, **options), DATA)
+    names = {(c.method, c.num_experts, c.setting): c.model for c in planned.cells}
+    # Averaging has nothing to choose.
+    assert names["averaging", 2, "tuned"] == names["averaging", 2, "fixed"] == "averaging_n2_s0"
+    assert names["ties", 2, "tuned"] == "ties_n2_s0_tuned"
+
+    # The choice is the best of all by the tuning tasks, each merged and scored here once more.
+    of_tuned = family(planned, "pretrained")
+    found = json.loads((output / "tuned/tiny/pretrained/ties_n2.json").read_text())
+    wanted = {
+        repr(option): of_tuned._judge(
+            of_tuned.merged(option, ("ones", "twos"), seed=0), ("ones", "twos")
+        )
+        for option in tuning.candidates(Ties())
+    }
+    assert found["options"] == wanted
+    best = tuning.candidates(Ties())[found["chosen"]]
+    assert wanted[repr(best)] == max(wanted.values())
+    how = manifest.read(output / "scores/tiny/pretrained/ties_n2_s0_tuned")
+    assert how["identity"]["method"] == repr(best)
+
+    # It is read, not made again, while it depends on the same.
+    of_tuned._judge = None
+    (cell,) = (c for c in planned.cells if (c.model, c.seed) == ("ties_n2_s0_tuned", 0))
+    assert of_tuned.method(cell) == best
+
+
+@pytest.mark.slow
+def test_experts_of_fewer_steps_are_merged_too(whole: pathlib.Path, tmp_path: pathlib.Path):
+    output = tmp_path / "study"
+    shutil.copytree(whole / "models", output / "models")
+    options = {"expert_steps": (1,), "methods": {"averaging": Averaging()}, "num_experts": (2,)}
+    assert run(output, options=options).made["experts"] == 4  # two of each base
+    found, before = scores(output), scores(whole)
+    assert {place: lines for place, lines in found.items() if "at_1" not in place} == {
+        place: before[place] for place in found if "at_1" not in place
+    }
+    place = "scores/tiny/pretrained"
+    merged = found[f"{place}/averaging_n2_s0_at_1_steps"]
+    assert merged != before[f"{place}/averaging_n2_s0"]
+    assert found[f"{place}/expert_ones_at_1"] != before[f"{place}/expert_ones"]
+
+    # The report's ratios stand on the experts of the same steps.
+    results = read_results(output)
+    at = [each.name for each in results.study.datasets].index("many")
+    for setting, model in (("fixed", "expert_ones"), ("at_1_steps", "expert_ones_at_1")):
+        row = results.rows["tiny", "pretrained", model]
+        assert relative(results, setting).reference[0, 0, at] == results.raw[row, at]
+
+
+@pytest.mark.slow
 def test_several_models_by_one_step(whole: pathlib.Path, tmp_path: pathlib.Path):
     output = tmp_path / "study"
     shutil.copytree(whole / "models", output / "models")
@@ -230,6 +321,7 @@ def test_another_study_in_the_same_folder_is_refused(whole: pathlib.Path):
         ({"bases": {"mine": training("text")}}, "BASES has 'mine': a base is one of pretrained"),
         ({"expert": training("ones")}, "the experts' mixture is 'ones': it must have"),
         ({"methods": {}}, "METHODS is empty"),
+        ({"expert_steps": (2, 3)}, "EXPERT_STEPS has 3: the experts of tiny are trained for 3"),
         (
             {"methods": {"a": Averaging(weights=(1.0, 2.0, 3.0))}},
             "Averaging.weights has 3 numbers for 1 experts",
