@@ -34,6 +34,8 @@ def described_devices(topology: str, *, slices: int = 1) -> Sequence[Any]:
             "libtpu is not installed, and it has the TPU's compiler: pip install 'merging-at-scale[tpu]'"
         ) from None
     jax.config.update("jax_platforms", "cpu")  # the compiler is asked for by name; no device is
+    # What is compiled without a device can be written to a cache and not be read from it: a warning each time.
+    jax.config.update("jax_enable_compilation_cache", False)
     options: dict[str, Any] = {} if slices == 1 else {"num_slices": slices}
     if topology.startswith("v4:"):
         options["chip_config_name"] = "megacore"  # one device a chip, as on a pod, not one a core

@@ -1,6 +1,8 @@
 """How all tests run: 8 virtual CPU devices, strict dtype promotion, checked annotations, no network, flags parsed.
 
-Set before jax is imported, since it reads its environment once.
+Set before jax is imported, since it reads its environment once. What takes long in most tests is compiling, so a program is
+compiled once in a run: it is kept in a folder of the run, where the other workers and the processes that tests start
+find it; and where a test isn't about the arithmetic of a merge, most optimizations are left out.
 """
 
 from __future__ import annotations
@@ -8,8 +10,10 @@ from __future__ import annotations
 import ipaddress
 import os
 import pathlib
+import shutil
 import socket
 import sys
+import tempfile
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +21,13 @@ from typing import Any
 from launch import devices
 
 os.environ.update(devices.cpu_environment(os.environ, devices=8))
+
+# Workers have it from the process that started them.
+COMPILED = None
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    COMPILED = tempfile.mkdtemp(prefix="merging-tests-compiled-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import beartype  # noqa: E402
 import jax  # noqa: E402
@@ -44,11 +55,37 @@ jaxtyping.install_import_hook(CHECKED, f"{checker.__name__}.checked")
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 
+# Files and folders whose programs are large and quick; the processes they start optimize as everywhere. Merges must not be among
+# them: whether the compiler fuses a product into a sum is what their tests are about.
+UNOPTIMIZED = tuple(
+    REPOSITORY / "tests/merging" / name
+    for name in ("models", "training", "evaluation", "test_finetune.py", "test_evaluate.py")
+)
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Flags are parsed as an entry point would parse an empty command line."""
     if not flags.FLAGS.is_parsed():
         flags.FLAGS(["pytest"])
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Where the folder of compiled programs was made, it goes."""
+    if COMPILED is not None:
+        shutil.rmtree(COMPILED, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_without_optimizations(request: pytest.FixtureRequest) -> Iterator[None]:
+    """In the modules of UNOPTIMIZED; nothing that they compiled is left to the next."""
+    if not any(request.path.is_relative_to(place) for place in UNOPTIMIZED):
+        yield
+        return
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -51,6 +51,7 @@ def test_finetune():
     assert "\n| mini_xs | 2 x 16 | " in done.stdout
 
 
+@pytest.mark.slow
 def test_train(tmp_path: pathlib.Path):
     sizes = {
         "model_type": "llama",
