@@ -70,6 +70,7 @@ def files(folder: pathlib.Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 def test_a_merge_in_a_bucket_has_the_bytes_of_one_on_disk(
     store: buckets.Store, wanted: dict[str, bytes]
 ):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from launch.study_data import Sources, study_data
 
 SOURCES = Sources(
@@ -13,6 +15,7 @@ def ids(tasks) -> dict[str, list[str]]:
     return {task.name: [example.id for example in task.examples] for task in tasks}
 
 
+@pytest.mark.slow
 def test_settings_are_chosen_by_held_in_examples_that_judge_nobody():
     data = study_data(SOURCES, {})
     judging, identity = data.tasks(True)

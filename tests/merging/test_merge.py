@@ -29,6 +29,7 @@ from merging.models.palm import PalmConfig
 from merging.paths import canonical
 from tests import models
 from tests.oracle import float32 as oracle
+from tests.parameters import mostly_slow
 
 SETTINGS: dict[str, Method] = {
     "averaging": Averaging(),
@@ -98,14 +99,18 @@ def test_streamed_equals_the_transcription_bit_for_bit(four, merged: pathlib.Pat
     assert models.same_bits(models.load(merged / name), expected(base, experts, SETTINGS[name]))
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+# Each compiles its own programs; the folder that both read is merged by all.
+RESIDENT = ["averaging", "task_arithmetic_weighted", "ties", "ties_tensor", "dare", "dare_ties_l1"]
+
+
+@pytest.mark.parametrize("name", mostly_slow(SETTINGS, quick=RESIDENT))
 def test_resident_equals_streamed(four, merged: pathlib.Path, name: str):
     base, experts, _ = four
     resident = merging.merge_params(base, experts, SETTINGS[name])
     assert models.same_bits(models.load(merged / name), resident)
 
 
-@pytest.mark.parametrize("experts", [1, 2, 16])
+@pytest.mark.parametrize("experts", mostly_slow([1, 2, 16], quick=[2]))
 @pytest.mark.parametrize(
     "dtypes",
     [(np.float32,), (np.float16,), (models.BFLOAT16, np.float32, np.float16)],
@@ -160,7 +165,7 @@ def test_budget_and_shards_change_nothing(
     assert (len(shards) > 1) == (shard_bytes == 3_000)
 
 
-@pytest.mark.parametrize("limit", [1 << 6, 1 << 9])
+@pytest.mark.parametrize("limit", mostly_slow([1 << 6, 1 << 9], quick=[1 << 6]))
 def test_slices_change_nothing(
     four, merged: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, limit: int
 ):
@@ -215,7 +220,7 @@ def _stacked(model: models.Model, axis: int) -> models.Model:
     return result
 
 
-@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("axis", mostly_slow([0, 1], quick=[1]))
 def test_stacked_layers_change_nothing(
     four, merged: pathlib.Path, tmp_path: pathlib.Path, axis: int
 ):

@@ -16,6 +16,7 @@ from tests import models
 from tests.merging.process_settings import EXPERTS, SETTINGS
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: pathlib.Path):
     base, experts = models.base_and_experts(EXPERTS)
     folders = models.save_all(tmp_path, base, experts)

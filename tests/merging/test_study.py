@@ -122,6 +122,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return output
 
 
+@pytest.mark.slow
 def test_everything_is_there_once_and_is_not_made_again(whole: pathlib.Path):
     found = scores(whole)
     assert len(found) == 28
@@ -132,6 +133,7 @@ def test_everything_is_there_once_and_is_not_made_again(whole: pathlib.Path):
     assert run(whole).made == {"bases": 0, "experts": 0, "cells": 0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["ties_n2_s0", "dare_ties_n2_s1", "averaging_n1_s1"])
 def test_a_cell_s_merge_is_that_from_disk_to_disk(
     whole: pathlib.Path, tmp_path: pathlib.Path, model: str
@@ -204,6 +206,7 @@ def test_experts_that_do_not_fit_are_streamed_to_the_same_scores(
     assert not any((output / "streamed").iterdir())
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_streamed(whole: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
     planned = study.plan(settings(whole), DATA)
     nbytes = 4 * runs.CONFIG.num_params() * (2 + 2)  # base, two experts, their merge
@@ -284,6 +287,7 @@ def test_several_models_by_one_step(whole: pathlib.Path, tmp_path: pathlib.Path)
             assert a["value"] == pytest.approx(b["value"], abs=1e-5), (place, a["task"])
 
 
+@pytest.mark.slow
 def test_task_vectors_are_compared(whole: pathlib.Path):
     found = json.loads((whole / "vectors/tiny/pretrained.json").read_text())
     planned = study.plan(settings(whole), DATA)
@@ -308,6 +312,7 @@ def test_a_phase_names_what_an_earlier_one_lacks(tmp_path: pathlib.Path):
         run(tmp_path / "study", phases=["cells"])
 
 
+@pytest.mark.slow
 def test_another_study_in_the_same_folder_is_refused(whole: pathlib.Path):
     with pytest.raises(OutputError, match="another study, which differs in cells, seeds"):
         run(whole, options={"seeds": (0, 1, 2)})

@@ -15,6 +15,7 @@ from launch.t5x.model import INDEX, KEYS, VALUES, DecoderForT5X
 from merging.models.config import LlamaConfig, named
 from merging.models.decoder import abstract_params, logical_axes
 from merging.models.families import model_of
+from tests.parameters import mostly_slow
 
 LENGTHS = np.array([0, 2, 4])  # of prompts, without the start token
 ROW = 7
@@ -57,7 +58,7 @@ class Called:
         return jax.jit(functools.partial(self.module.apply, **arguments))
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(scope="module", params=mostly_slow(CONFIGS, quick=["palm, scanned"]))
 def called(request) -> Called:
     return Called(CONFIGS[request.param])
 

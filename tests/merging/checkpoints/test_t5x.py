@@ -25,6 +25,7 @@ from tests.merging.checkpoints.trees_common import (
     read_all,
     same,
 )
+from tests.parameters import mostly_slow
 
 REAL = [
     "t5_legacy/checkpoint_4",
@@ -74,7 +75,7 @@ def write_zarr(folder: pathlib.Path, array: np.ndarray, **metadata: Any) -> None
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("name", mostly_slow(REAL, quick=[REAL[0], REAL[2]]))
 def test_every_array_of_real_checkpoints(real_data, name):
     expected = json.loads((real_data / "t5x/expected.json").read_text())[name]
     reader = open_checkpoint(real_data / "t5x" / name, params_path="")
@@ -89,7 +90,7 @@ def test_every_array_of_real_checkpoints(real_data, name):
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("name", mostly_slow(REAL, quick=["t5_legacy_bf16/checkpoint_4"]))
 def test_real_checkpoints_go_round(tmp_path, real_data, name):
     """Orbax -> T5X -> T5X in Orbax -> Orbax, optimizer slots included."""
     expected = json.loads((real_data / "t5x/expected.json").read_text())[name]

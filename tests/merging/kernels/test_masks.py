@@ -170,8 +170,8 @@ def _more_is_kept(key0: Array, key1: Array, low: Array, high: Array | None) -> A
     [
         (_one_round, "correlation: neighbours"),
         (_two_bits_of_the_key, "correlation: experts"),
-        (_no_high_word, "correlation: power-of-two lags"),
-        (_lowest_bit_is_stuck, "balance of output bits"),
+        pytest.param(_no_high_word, "correlation: power-of-two lags", marks=pytest.mark.slow),
+        pytest.param(_lowest_bit_is_stuck, "balance of output bits", marks=pytest.mark.slow),
         (_more_is_kept, "kept share: leaves"),
     ],
 )
