@@ -56,11 +56,12 @@ jaxtyping.install_import_hook(CHECKED, f"{checker.__name__}.checked")
 REPOSITORY = pathlib.Path(__file__).parent.parent
 
 # Files and folders whose programs are large and quick; the processes they start optimize as everywhere. Merges must not be among
-# them: whether the compiler fuses a product into a sum is what their tests are about.
+# them: whether the compiler fuses a product into a sum is what their tests are about. Nor what is compared with other programs.
 UNOPTIMIZED = tuple(
     REPOSITORY / "tests/merging" / name
     for name in ("models", "training", "evaluation", "test_finetune.py", "test_evaluate.py")
 )
+OPTIMIZED = ("test_real_models.py", "test_real_evaluation.py")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -78,7 +79,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True, scope="module")
 def compiled_without_optimizations(request: pytest.FixtureRequest) -> Iterator[None]:
     """In the modules of UNOPTIMIZED; nothing that they compiled is left to the next."""
-    if not any(request.path.is_relative_to(place) for place in UNOPTIMIZED):
+    is_quick = any(request.path.is_relative_to(place) for place in UNOPTIMIZED)
+    if not is_quick or request.path.name in OPTIMIZED:
         yield
         return
     jax.clear_caches()
