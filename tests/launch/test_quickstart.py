@@ -1,4 +1,4 @@
-"""The whole line as its command: the study of quick.gin, but for sizes and steps, from nothing to the report."""
+"""The whole line as its command: the study of quick.gin, but for sizes, steps and one base, from nothing to the report."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ TINY = [
         f"{scope}/Training.batch_size=2"
         for scope in ("pretrain", "instruct", "expert", "multitask")
     ),
+    "BASES={'pretrained': @pretrain/Training()}",
     "METHODS={'averaging': @Averaging(), 'ties': @Ties()}",
     "NUM_EXPERTS=(2,)",
     "LIMIT=2",
@@ -42,8 +43,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, str]:
 @pytest.mark.slow
 def test_quick_study_from_nothing_to_the_report(whole: tuple[pathlib.Path, str]):
     place, told = whole
-    assert "made       1 bases, 18 experts, 24 cells" in told
-    assert "scores of 24 of 24 models" in told
+    assert "made       1 bases, 9 experts, 12 cells" in told
+    assert "scores of 12 of 12 models" in told
     assert json.loads((place / "study/report/report.json").read_text())
     assert (place / "study/report/index.html").stat().st_size > 10_000
     assert "made       0 bases, 0 experts, 0 cells" in run(place)
@@ -53,11 +54,11 @@ def test_quick_study_from_nothing_to_the_report(whole: tuple[pathlib.Path, str])
 def test_killed_three_times_it_ends_with_the_same_scores(
     whole: tuple[pathlib.Path, str], tmp_path: pathlib.Path
 ):
-    for line in ("experts 2/18", "experts 11/18", "cells 5/24"):
+    for line in ("experts 2/9", "experts 6/9", "cells 5/12"):
         with started(tmp_path, stderr=subprocess.PIPE) as process:
             assert any(told.startswith(line) for told in process.stderr), line
             process.kill()  # in the middle of what comes next
-    assert "scores of 24 of 24 models" in run(tmp_path)
+    assert "scores of 12 of 12 models" in run(tmp_path)
     assert scores(tmp_path) == scores(whole[0])
 
 
