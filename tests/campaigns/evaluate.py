@@ -86,7 +86,7 @@ def compare(
     for result in results:
         started = time.monotonic()
         wanted = [
-            np.array([log_likelihood(model, example.prompt, choice) for choice in example.choices])
+            log_likelihoods(model, example.prompt, example.choices)
             for example in result.task.examples
         ]
         theirs_s = time.monotonic() - started
@@ -115,17 +115,23 @@ def reference(folder: pathlib.Path) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def log_likelihood(model: Any, prompt: np.ndarray, choice: np.ndarray) -> float:
-    """One row, no padding, no cache."""
+def log_likelihoods(model: Any, prompt: np.ndarray, choices: Sequence[np.ndarray]) -> np.ndarray:
+    """Of each choice behind the prompt: whole rows, no cache; what fills the shorter up stands behind them, where no token sees it."""
     import torch
 
-    tokens = np.concatenate([prompt, choice])
+    longest = max(map(len, choices))
+    rows = np.zeros((len(choices), len(prompt) + longest), np.int64)
+    for row, choice in zip(rows, choices, strict=True):
+        row[: len(prompt) + len(choice)] = [*prompt, *choice]
     with torch.inference_mode():
-        logits = model(torch.tensor(tokens[None, :-1].astype(np.int64))).logits[0]
-        log_probs = torch.log_softmax(logits[len(prompt) - 1 :].double(), dim=-1)
-        return float(
-            log_probs[torch.arange(len(choice)), torch.tensor(choice.astype(np.int64))].sum()
-        )
+        logits = model(torch.tensor(rows[:, :-1]), logits_to_keep=longest).logits
+        log_probs = torch.log_softmax(logits.double(), dim=-1)
+    return np.array(
+        [
+            float(of_row[torch.arange(len(choice)), torch.tensor(choice.astype(np.int64))].sum())
+            for of_row, choice in zip(log_probs, choices, strict=True)
+        ]
+    )
 
 
 def main() -> None:
