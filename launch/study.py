@@ -90,7 +90,8 @@ def main(joined: devices.Processes) -> None:
         from launch.study_status import described
 
         planned = plan(resolved)
-        print(f"{planned.describe()}\n\n{described(planned)}")
+        if joined.index == 0:
+            print(f"{planned.describe()}\n\n{described(planned)}")
         return
     study(
         resolved,

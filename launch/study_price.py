@@ -64,6 +64,7 @@ def prices(planned: Plan, sources: Sources) -> list[Price]:
     tokens = tasks * (sources.limit or EXAMPLES) * row
     held_in = [each for name in planned.held_in for each in _datasets(planned, name)]
     chosen_by = _tasks(held_in) * (sources.num_prompts or PROMPTS) * sources.tuning_limit * row
+    choices = _choices(planned)
     found = []
     for size in s.sizes:
         config = planned.config(size)
@@ -73,7 +74,6 @@ def prices(planned: Plan, sources: Sources) -> list[Price]:
         models = [item for item in planned.items["cells"] if item.size == size]
         merges = [cell for base in s.bases for cell in planned.merges(size, base).values()]
         number = config.num_params()
-        choices = _choices(planned) * len(s.bases)
         found.append(
             Price(
                 size=size,
@@ -107,12 +107,12 @@ def _tasks(datasets: Sequence[Dataset]) -> int:
 
 
 def _choices(planned: Plan) -> int:
-    """Models that are scored to choose the settings of a size and base."""
+    """Models that are scored to choose the settings of a size."""
     from merging.grid.tuning import candidates
 
     s = planned.settings
     each = sum(len(candidates(method)) for method in s.methods.values()) if s.tune else 0
-    return each * len(s.num_experts)
+    return each * len(s.num_experts) * len(s.bases)
 
 
 def described(found: Sequence[Price], chip: str, mfu: float) -> str:

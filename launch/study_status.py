@@ -21,9 +21,9 @@ def described(planned: Plan) -> str:
     missing, left, is_known = [], 0.0, True
     for phase, items in planned.items.items():
         for size in planned.settings.sizes:
-            here = [item for item in items if item.size == size]
-            done = [item for item in here if item.is_done]
-            lacking = [item for item in here if not item.is_done]
+            done, lacking = [], []
+            for item in (each for each in items if each.size == size):
+                (done if item.is_done else lacking).append(item)  # one look at the disk
             mean = statistics.fmean(map(seconds_of, done)) if done else None
             is_known &= mean is not None or not lacking
             missing += lacking

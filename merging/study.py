@@ -31,7 +31,6 @@ from merging.engine.vectors import task_vectors_of
 from merging.evaluation.collect import Result, put_scores
 from merging.evaluation.evaluator import Evaluator, Options
 from merging.evaluation.examples import Task
-from merging.family import Family
 from merging.finetune import Mixture
 from merging.grid import study_file, tuning
 from merging.grid.cells import TUNED, Cell, cells
@@ -50,6 +49,7 @@ from merging.models import model_file
 from merging.models.config import DecoderConfig
 from merging.models.families import is_prefix_lm, model_of
 from merging.partitioning import MeshShape, mesh_of
+from merging.study_models import StudyModels
 from merging.training.optimizer import adamw
 from merging.training.settings import Optimizer
 
@@ -647,23 +647,26 @@ class _Making:
         tasks, _ = self._tuning_tasks if is_tuning else self._tasks
         return Evaluator(model_of(config), tasks, mesh=self._mesh, options=options)
 
-    def _family(self, size: str, base: str) -> Family:
-        def judge(params: Any, categories: Sequence[str]) -> float:
-            evaluator = self._evaluator(self.plan.config(size), is_tuning=True)
-            with self._counted("tune"):
-                results = evaluator(params, TUNED)
-            return tuning.held_in_score(results, [self.plan.data.categories[c] for c in categories])
-
-        return Family(
+    def _models_of(self, size: str, base: str) -> StudyModels:
+        return StudyModels(
             self.plan,
             size,
             base,
             self._mesh,
             counted=self._counted,
-            judge=judge,
+            judge=self._held_in_score,
             judge_identity=lambda: self._judged_by(self._tuning_tasks[1]),
             log=self.log,
         )
+
+    def _held_in_score(
+        self, config: DecoderConfig, params: Any, categories: Sequence[str]
+    ) -> float:
+        """What a chosen setting makes high."""
+        evaluator = self._evaluator(config, is_tuning=True)
+        with self._counted("tune"):
+            results = evaluator(params, TUNED)
+        return tuning.held_in_score(results, [self.plan.data.categories[c] for c in categories])
 
     def _judged_by(self, tasks: Mapping[str, Any]) -> dict[str, Any]:
         """All that scores depend on beside a model's parameters, as JSON."""
@@ -673,23 +676,33 @@ class _Making:
     def _score(self, items: Sequence[Item]) -> Iterator[Item]:
         """Scores models of one size and base; `models_at_once` of them by one step."""
         size, base = items[0].size, items[0].base
-        family = self._family(size, base)
-        evaluator = self._evaluator(family.config)
-        family.read()
-        if family.streams:
+        models = self._models_of(size, base)
+        evaluator = self._evaluator(models.config)
+        models.read()
+        if models.streams:
             self.log(
                 f"{size}/{base}: task vectors that don't lie in memory together are not compared"
             )
         elif not self.places.vectors(size, base).exists():
             with self._counted("merge"):
-                self._write_vectors(family)
+                self._write_vectors(models)
         at_once = self.settings.models_at_once
         for start in range(0, len(items), at_once):
             group = items[start : start + at_once]
-            params, merged_in = [], []
+            params, identities, merged_in = [], [], []
             for item in group:
+                # First, since a setting may have to be chosen, which is not the merge's time.
+                of_params = models.identity(item.name)
+                identities.append(
+                    {
+                        "stage": "study",
+                        "model": item.name,
+                        **self._judged_by(self._tasks[1]),
+                        **of_params,
+                    }
+                )
                 begun = time.perf_counter()
-                params.append(family.params(item.name))
+                params.append(models.params(item.name))
                 merged_in.append(time.perf_counter() - begun)
             ids = [item.label for item in group]
             begun = time.perf_counter()
@@ -697,13 +710,9 @@ class _Making:
                 results = _evaluated(evaluator, params, ids, at_once)
             evaluated_in = (time.perf_counter() - begun) / len(group)
             with self._counted("write"):
-                for item, seconds, of_model in zip(group, merged_in, results, strict=True):
-                    identity = {
-                        "stage": "study",
-                        "model": item.name,
-                        **self._judged_by(self._tasks[1]),
-                        **family.identity(item.name),
-                    }
+                for item, identity, seconds, of_model in zip(
+                    group, identities, merged_in, results, strict=True
+                ):
                     record = {
                         **manifest.provenance(identity),
                         "load_or_merge_seconds": round(seconds, 4),
@@ -723,13 +732,13 @@ class _Making:
             manifest.write(folder, record)
         hosts.wait_for_all(f"scores in {folder}")
 
-    def _write_vectors(self, family: Family) -> None:
-        found = task_vectors_of(family.base, list(family.experts().values()))
-        path = self.places.vectors(family.size, family.base_name)
+    def _write_vectors(self, models: StudyModels) -> None:
+        found = task_vectors_of(models.base, list(models.experts().values()))
+        path = self.places.vectors(models.size, models.base_name)
         if hosts.is_main():
             path.parent.mkdir(parents=True, exist_ok=True)
             content = {
-                "experts": list(family.experts()),
+                "experts": list(models.experts()),
                 **{k: v.tolist() for k, v in dataclasses.asdict(found).items()},
             }
             put_file(path, (json.dumps(content, indent=1) + "\n").encode())

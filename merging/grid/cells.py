@@ -67,7 +67,9 @@ def cells(
     is_tuned: bool = False,
     expert_steps: Sequence[int] = (),
 ) -> list[Cell]:
-    """Every cell, size by size; those of chosen settings and of experts of fewer steps where asked for. Merges that no seed or no choice can change name one model.
+    """Every cell, size by size; those of chosen settings and of experts of fewer steps where asked for.
+
+    Merges that no seed or no choice can change name one model.
 
     Raises ValueError for more experts than there are categories, and fewer than one.
     """

@@ -25,7 +25,7 @@ ROWS = [
         "convert",
         "evaluate",
         "study",
-        "family",
+        "study_models",
         "report",
         "__init__",
     },

@@ -29,7 +29,7 @@ from merging.models.palm import PalmConfig
 from merging.paths import canonical
 from tests import models
 from tests.oracle import float32 as oracle
-from tests.parameters import mostly_slow
+from tests.quick_cases import mostly_slow
 
 SETTINGS: dict[str, Method] = {
     "averaging": Averaging(),

@@ -17,7 +17,6 @@ import pytest
 import merging
 from merging import manifest, study
 from merging.evaluation.collect import SCORES, ScoresFile
-from merging.family import SHARE_OF_MEMORY, Family
 from merging.grid import tuning
 from merging.grid.relative import relative
 from merging.grid.results import read as read_results
@@ -28,6 +27,7 @@ from merging.methods.dare_ties import DareTies
 from merging.methods.ties import Ties
 from merging.partitioning import MeshShape
 from merging.study import Data, InputMissing, Settings, Training
+from merging.study_models import SHARE_OF_MEMORY, StudyModels
 from tests.merging.evaluation.test_evaluator import TASKS
 from tests.merging.training import runs
 
@@ -89,9 +89,9 @@ def run(output: pathlib.Path, *, options: dict[str, Any] | None = None, **argume
     return study.run(study.plan(settings(output, **options or {}), DATA), **arguments)
 
 
-def family(planned: study.Plan, base: str) -> Family:
+def models_of(planned: study.Plan, base: str) -> StudyModels:
     making = study._Making(planned, "", print, lambda *args: None, lambda step: False)
-    return making._family("tiny", base)
+    return making._models_of("tiny", base)
 
 
 def scores(output: pathlib.Path) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def test_a_cell_s_merge_is_that_from_disk_to_disk(
 ):
     planned = study.plan(settings(whole), DATA)
     cell = planned.merges("tiny", "instruction_tuned")[model]
-    in_memory = family(planned, "instruction_tuned").params(model)
+    in_memory = models_of(planned, "instruction_tuned").params(model)
     merging.merge_checkpoints(
         base=planned.base_folder("tiny", "instruction_tuned"),
         experts=[
@@ -212,9 +212,9 @@ def test_what_does_not_fit_is_streamed(whole: pathlib.Path, monkeypatch: pytest.
     nbytes = 4 * runs.CONFIG.num_params() * (2 + 2)  # base, two experts, their merge
     for room, streams in ((nbytes, False), (nbytes - 1, True)):
         monkeypatch.setattr(
-            "merging.family.memory_bytes", lambda mesh, room=room: room / SHARE_OF_MEMORY
+            "merging.study_models.memory_bytes", lambda mesh, room=room: room / SHARE_OF_MEMORY
         )
-        assert family(planned, "pretrained").streams == streams
+        assert models_of(planned, "pretrained").streams == streams
 
 
 @pytest.mark.slow
@@ -231,7 +231,7 @@ def test_settings_are_chosen_by_what_judges_nobody(whole: pathlib.Path, tmp_path
     assert names["ties", 2, "tuned"] == "ties_n2_s0_tuned"
 
     # The choice is the best of all by the tuning tasks, each merged and scored here once more.
-    of_tuned = family(planned, "pretrained")
+    of_tuned = models_of(planned, "pretrained")
     found = json.loads((output / "tuned/tiny/pretrained/ties_n2.json").read_text())
     wanted = {
         repr(option): of_tuned._judge(

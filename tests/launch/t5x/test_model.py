@@ -15,7 +15,7 @@ from launch.t5x.model import INDEX, KEYS, VALUES, DecoderForT5X
 from merging.models.config import LlamaConfig, named
 from merging.models.decoder import abstract_params, logical_axes
 from merging.models.families import model_of
-from tests.parameters import mostly_slow
+from tests.quick_cases import mostly_slow
 
 LENGTHS = np.array([0, 2, 4])  # of prompts, without the start token
 ROW = 7

@@ -25,7 +25,7 @@ from tests.merging.checkpoints.trees_common import (
     read_all,
     same,
 )
-from tests.parameters import mostly_slow
+from tests.quick_cases import mostly_slow
 
 REAL = [
     "t5_legacy/checkpoint_4",

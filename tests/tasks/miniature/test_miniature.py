@@ -22,7 +22,7 @@ from tasks.miniature.draws import SPLITS, Draw, split_of
 from tasks.miniature.vocabulary import TOKEN
 from tasks.miniature.vocabulary import vocabulary as word_vocabulary
 from tasks.miniature.world import world
-from tests.parameters import mostly_slow
+from tests.quick_cases import mostly_slow
 from tests.tasks.miniature import bag_of_words
 
 BY_NAME = {dataset.name: dataset for dataset in DATASETS}

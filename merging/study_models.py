@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from merging.grid.study_file import BASE, MULTITASK, expert
 from merging.merge import merge_checkpoints
 from merging.methods.method import Method
 from merging.models import model_file
+from merging.models.config import DecoderConfig
 from merging.models.parameters import read_params
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 SHARE_OF_MEMORY = 0.6
 
 
-class Family:
+class StudyModels:
     """Base and experts, read when first asked for, and their merges.
 
     Args:
@@ -41,7 +43,7 @@ class Family:
       size, base: whose.
       mesh: of devices.
       counted: (part of the study's seconds) -> a context whose time is added to it.
-      judge: (parameters of a merge, categories of its experts) -> what a setting that is chosen makes high.
+      judge: (config, parameters of a merge, categories of its experts) -> what a setting that is chosen makes high.
       judge_identity: () -> JSON that says all that the judge depends on.
       log: told in words.
 
@@ -58,7 +60,7 @@ class Family:
         mesh: jax.sharding.Mesh,
         *,
         counted: Callable[[str], contextlib.AbstractContextManager[None]],
-        judge: Callable[[Any, Sequence[str]], float],
+        judge: Callable[[DecoderConfig, Any, Sequence[str]], float],
         judge_identity: Callable[[], Mapping[str, Any]],
         log: Callable[[str], None] = lambda text: None,
     ):
@@ -66,7 +68,8 @@ class Family:
         self.folder = planned.base_folder(size, base)
         self.config = model_file.describe(self.folder).config
         self._mesh, self._counted = mesh, counted
-        self._judge, self._judge_identity = judge, judge_identity
+        self._judge = functools.partial(judge, self.config)
+        self._judge_identity = judge_identity
         self._merges = planned.merges(size, base)
         nbytes = self.config.num_params() * self.config.parameter_dtype.itemsize
         needed = nbytes * (len(planned.held_in) + 2)
@@ -178,9 +181,8 @@ class Family:
             return read_params(folder, self.config, self._mesh)
 
     def _streamed(self, method: Method, experts: Sequence[epath.Path], *, seed: int) -> Any:
-        # Two workers may make the same merge at the same time.
-        process = hosts.of_main(os.getpid())
-        output = self.plan.places.root / "streamed" / f"{self.size}_{self.base_name}_{process}"
+        # Two workers may make the same merge at the same time, and one that was killed leaves its folder.
+        output = self.plan.places.root / "streamed" / hosts.of_main(uuid.uuid4().hex)
         merge_checkpoints(
             base=self.folder,
             experts=list(experts),
