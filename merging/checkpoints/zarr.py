@@ -213,7 +213,7 @@ class Array:
                 self._checked.add(key)
         try:
             array = self._open()[index].read().result()
-        except ValueError as error:
+        except (ValueError, NotImplementedError) as error:  # the latter of a bad boolean in blosc
             raise CheckpointError(f"{self._where}: {error}") from None
         self._folder.check(files)  # tensorstore takes a chunk that vanished for zeros
         return np.asarray(array)

@@ -231,6 +231,20 @@ def test_what_chunks_unpack_to(tmp_path, compressor, content, message):
     assert peak_of(read) < LARGE / 4
 
 
+def test_a_boolean_that_is_none(tmp_path):
+    """Of one packed by blosc, tensorstore says what it says of nothing else: that it can't do it."""
+    store = {"driver": "file", "path": f"{tmp_path}/c/w/"}
+    metadata = {"shape": [1], "chunks": [1], "dtype": "|b1", "compressor": {"id": "blosc"}}
+    ts.open({"driver": "zarr", "kvstore": store, "metadata": metadata}, create=True).result()[
+        ...
+    ] = np.array([True])
+    describe(tmp_path / "c")
+    chunk = tmp_path / "c" / "w" / "0"
+    chunk.write_bytes(chunk.read_bytes()[:-1] + b"!")
+    with pytest.raises(CheckpointError, match=str(chunk)):
+        read_all(open_checkpoint(tmp_path / "c"))
+
+
 @pytest.mark.parametrize("named", ["gzip", "zlib", "bz2", "zstd", "blosc"])
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_every_packing_is_read(tmp_path, named, order):
