@@ -80,7 +80,7 @@ def compile_model(
       programs: of train, score, prefill, decode, merge.
       others: as in gin_configs/runs/compile.gin.
     """
-    from merging.models.palm import Palm
+    from merging.models.families import model_of
     from merging.training.programs import PROGRAMS, Work, model_programs
 
     started = time.perf_counter()
@@ -95,7 +95,7 @@ def compile_model(
         )
     chip = chips.chip_of(mesh.topology)
     devices = mesh.mesh(described_devices(mesh.topology, slices=mesh.slices))
-    network = Palm(dataclasses.replace(model, dtype=dtype, remat=remat))
+    network = model_of(dataclasses.replace(model, dtype=dtype, remat=remat))
     work = Work(
         rows=rows,
         length=length,

@@ -5,6 +5,7 @@ In processes of their own: libtpu wants its environment before jax is imported, 
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -15,6 +16,7 @@ import sys
 
 import jax
 import numpy as np
+import optax
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
@@ -22,6 +24,7 @@ from launch import compile as compiling
 from launch import compile_model, compile_table, topology
 from launch.gin_config import CONFIGS
 from merging.engine import plan
+from tests.merging.models import families
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -311,6 +314,38 @@ def test_errors_about_models_are_one_message(arguments: list[str], message: str)
     assert done.returncode == 1
     assert re.search(message, done.stderr), done.stderr
     assert "Traceback" not in done.stderr
+
+
+# ---- a model's programs, compiled for this machine's devices in place of a TPU's ------------------------------------
+
+
+def compiled_here(
+    monkeypatch: pytest.MonkeyPatch, model, *, programs, memory_bytes: int = 10**9, **changes
+):
+    """The report of a small model's programs for a chip with this much memory."""
+    from merging.partitioning import MeshShape
+
+    chip = dataclasses.replace(compile_model.chips.CHIPS["v5e"], memory_bytes=memory_bytes)
+    monkeypatch.setitem(compile_model.chips.CHIPS, "v5e", chip)
+    monkeypatch.setattr(
+        compile_model, "described_devices", lambda topology, slices: jax.devices()[:1]
+    )
+    arguments = {
+        "mesh": MeshShape(topology="v5e:1x1"),
+        **{"rows": 4, "length": 16, "prompts": 3, "prompt_length": 5, "new_tokens": 2},
+        **{"experts": 2, "methods": [], "microbatches": 1, "vocabulary_chunks": 2},
+        **{"remat": "full", "dtype": "float32", "optimizer": optax.sgd(0.1)},
+    }
+    return compile_model.compile_model(model=model, programs=programs, **{**arguments, **changes})
+
+
+@needs_libtpu
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_every_family_is_compiled_as_itself(monkeypatch: pytest.MonkeyPatch, family: str):
+    model = families.CONFIGS[family]
+    found = compiled_here(monkeypatch, model, programs=["decode"])["programs"]["decode"]
+    cache = 2 * model.num_layers * 3 * (5 + 2) * model.num_kv_heads * model.head_dim
+    assert found["argument_bytes"] == 4 * (model.num_params() + cache + 3 + 3)  # ids and lengths
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------
