@@ -24,6 +24,9 @@ from launch import compile as compiling
 from launch import compile_model, compile_table, topology
 from launch.gin_config import CONFIGS
 from merging.engine import plan
+from merging.engine.programs import Program
+from merging.methods.averaging import Averaging
+from merging.methods.task_arithmetic import TaskArithmetic
 from tests.merging.models import families
 
 needs_libtpu = pytest.mark.skipif(
@@ -339,6 +342,67 @@ def compiled_here(
     return compile_model.compile_model(model=model, programs=programs, **{**arguments, **changes})
 
 
+@needs_libtpu  # whose version the report has
+def test_one_program_that_does_not_fit_is_told_and_the_rest_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Too large after compiling, a merge too large, and one of whose leaves the compiler refuses."""
+    compiled = Program.compile
+
+    def compile(program: Program):
+        if program.name == "merge averaging, one tensor":
+            raise ValueError(f"{program.name} does not compile: {REFUSAL}")
+        return compiled(program)
+
+    monkeypatch.setattr(Program, "compile", compile)
+    report = compiled_here(
+        monkeypatch,
+        families.CONFIGS["palm"],
+        programs=["decode", "merge"],
+        methods=[Averaging(), TaskArithmetic()],
+        memory_bytes=10_000,
+    )
+    programs = json.loads(json.dumps(report))["programs"]
+    assert list(programs) == ["decode", "merge averaging", "merge task_arithmetic"]
+    assert not any(found["fits"] for found in programs.values())
+    # The stacked [3, 32, 48] kernels, and the merge's three of each.
+    kernel = ["layers/mlp/wi_0/kernel", 3 * 32 * 48 * 4]
+    assert kernel in programs["decode"]["largest_arguments"]
+    for name in ("merge averaging", "merge task_arithmetic"):
+        assert programs[name]["largest_arguments"][0][1] == 3 * kernel[1]
+        assert [kernel[0], 3 * kernel[1]] in programs[name]["largest_arguments"]
+    assert "reason" not in programs["merge task_arithmetic"]
+    assert programs["merge averaging"]["reason"] == (
+        "final_norm/scale: Ran out of memory in memory space hbm. Used 2G of 1G hbm."
+    )
+    assert programs["merge averaging"]["largest_allocations"] == [
+        "jit(f)/mul f32[32,4096] 1.50G",
+        "f32[8] 512B",
+    ]
+    decode, averaging, arithmetic = report["shortfalls"]
+    needed, most = (plan.size_text(size) for size in (programs["decode"]["memory_bytes"], 10_000))
+    assert decode.startswith(f"decode does not fit: it needs {needed} of a chip's {most}, ")
+    assert f"Its largest arguments: {kernel[0]} {plan.size_text(kernel[1])}" in decode
+    assert "; largest inside: jit(decode)/" in decode
+    assert "largest inside: jit(f)/mul f32[32,4096] 1.50G, f32[8] 512B" in averaging
+    assert f"{kernel[0]} {plan.size_text(3 * kernel[1])}" in arithmetic
+    assert "| merge averaging      | does not fit:" in capsys.readouterr().out
+
+
+REFUSAL = """RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 2G of 1G hbm.
+
+Largest program allocations in hbm:
+
+  1. Size: 1.50G
+     Operator: op_name="jit(f)/mul" source_file="f.py" source_line=1
+     Shape: f32[32,4096]{1,0:T(8,128)}
+     Unpadded size: 1.50G
+
+  2. Size: 512B
+     Shape: f32[8]{0}
+"""
+
+
 @needs_libtpu
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_every_family_is_compiled_as_itself(monkeypatch: pytest.MonkeyPatch, family: str):
@@ -375,7 +439,11 @@ def saved(folder: pathlib.Path, name: str, *, slices: int = 1) -> str:
         "programs": {
             "train": step,
             "score": {**step, "fits": False, "memory_bytes": 120e9},
-            "decode": {"fits": False, "reason": "Used 200G of 95G.", "largest": [["a/b", 10]]},
+            "decode": {
+                "fits": False,
+                "reason": "Used 200G of 95G.",
+                "largest_arguments": [["a/b", 10]],
+            },
             "merge ties": merge,
             "survey ties": {**merge, "roofline": {**roofline, "seconds": 0.25}},
         },
