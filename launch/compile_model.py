@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # the library brings jax, which --help does without
     from merging.models.config import DecoderConfig
     from merging.models.decoder import Decoder
     from merging.partitioning import MeshShape
+    from merging.training.programs import Work
 
 RUN_FILE = "gin_configs/runs/compile.gin"
 LARGEST = 5  # arrays of a kind named where a program does not fit
@@ -135,6 +136,12 @@ def compile_model(
         largest = _largest_leaves(leaves, network.config.activation_dtype.itemsize, experts)
         for name, found in _merges(network, leaves, experts=experts, methods=methods):
             _add(report, name, found, chip, largest_arguments=largest, tokens=None)
+    trained = report["programs"].get("train", {})
+    if "flops" in trained:
+        trained["arithmetic"] = arithmetic(
+            network.config, work, flops=trained["flops"] * devices.size
+        )
+        print(f"\n{_compared(trained, remat)}")
     # In KiB on Linux; this process alone, compiler included.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     seconds = time.perf_counter() - started
@@ -236,6 +243,24 @@ def _merges(
                     each.append((len(names), found))
         for name, each in totals.items():
             yield name, refused[name] if name in refused else _summed(each)
+
+
+def arithmetic(config: DecoderConfig, work: Work, *, flops: int) -> dict[str, float]:
+    """A train step's operations beside what formulas say, over all devices.
+
+    `flops` is what parameters, attention and remat ask for; `ratio` is the program's over that, and `least_ratio` over what
+    is left without the products that full remat need not do again.
+    """
+    from merging.training.curves import flops_per_token, flops_spared_per_token
+
+    each = flops_per_token(config, work.length, remat=config.remat)
+    spared = flops_spared_per_token(config) if config.remat == "full" else 0
+    tokens = work.rows * work.length
+    return {
+        "flops": each * tokens,
+        "ratio": flops / (each * tokens),
+        "least_ratio": flops / ((each - spared) * tokens),
+    }
 
 
 def _summed(each: Sequence[tuple[int, Figures]]) -> Figures:
@@ -347,6 +372,21 @@ def _shortfall(
     given = ", ".join(f"{path} {_size(size)}" for path, size in arguments)
     told = f"{name} does not fit: {reason} Its largest arguments: {given}"
     return f"{told}; largest inside: {', '.join(results)}" if results else told
+
+
+def _compared(trained: Mapping[str, Any], remat: str) -> str:
+    """A train step's operations beside arithmetic's, in words."""
+    from merging.training.curves import TRAINING_PASSES
+
+    of_parameters, of_attention = TRAINING_PASSES[remat]
+    told = trained["arithmetic"]
+    text = (
+        f"train: its operations are {told['ratio']:.3f} of ({of_parameters} x parameters + {of_attention} x layers x heads"
+        " x head size x length) x tokens"
+    )
+    if told["least_ratio"] == told["ratio"]:
+        return text
+    return f"{text}, {told['least_ratio']:.3f} without the last products of blocks, which need not be done again"
 
 
 def _heading(report: Mapping[str, Any]) -> str:

@@ -27,6 +27,7 @@ from merging.engine import plan
 from merging.engine.programs import Program
 from merging.methods.averaging import Averaging
 from merging.methods.task_arithmetic import TaskArithmetic
+from merging.models import decoder
 from tests.merging.models import families
 
 needs_libtpu = pytest.mark.skipif(
@@ -264,6 +265,7 @@ def test_a_models_programs_ask_for_what_arithmetic_says(tmp_path: pathlib.Path):
     # Forward, again in the backward pass, and two products there; the last products of a block need not be done again.
     out = WIDTH * HIDDEN + WIDTH * HEADS * HEAD
     assert programs["train"]["flops"] == products(layers=4, readouts=4, spared=out)
+    assert programs["train"]["arithmetic"]["least_ratio"] == pytest.approx(1, rel=0.05)
     # Of a scored row, what is asked for is read out.
     read = TARGETS / LENGTH
     assert programs["score"]["flops"] == products(layers=1, readouts=read, spared=0)
@@ -410,6 +412,35 @@ def test_every_family_is_compiled_as_itself(monkeypatch: pytest.MonkeyPatch, fam
     found = compiled_here(monkeypatch, model, programs=["decode"])["programs"]["decode"]
     cache = 2 * model.num_layers * 3 * (5 + 2) * model.num_kv_heads * model.head_dim
     assert found["argument_bytes"] == 4 * (model.num_params() + cache + 3 + 3)  # ids and lengths
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("family", "remat"),
+    [("palm", "none"), ("palm", "full"), ("llama", "full"), ("gemma3", "full")],
+)
+def test_a_train_step_has_the_operations_of_arithmetic(
+    monkeypatch: pytest.MonkeyPatch, family: str, remat: str, capsys: pytest.CaptureFixture[str]
+):
+    """To the last one, but for the parameters of norms, which no product reads."""
+    model = families.CONFIGS[family]
+    if family == "llama":  # a table that is only looked up in has no products
+        model = dataclasses.replace(model, tied_embeddings=True)
+    chunks = 1 if remat == "none" else 2  # a chunk of the readout is computed again
+    report = compiled_here(
+        monkeypatch, model, programs=["train"], remat=remat, vocabulary_chunks=chunks
+    )
+    params = decoder.abstract_params(families.MODELS[type(model)](model))
+    scales = sum(x.size for path, x in jax.tree.leaves_with_path(params) if path[-1].key == "scale")
+    flops, told = (report["programs"]["train"][name] for name in ("flops", "arithmetic"))
+    passes = 6 if remat == "none" else 8
+    norms = passes * scales * 4 * 16
+    assert flops + norms == pytest.approx(flops / told["least_ratio"], rel=1e-9)
+    assert (told["ratio"] < told["least_ratio"]) == (remat == "full" and family != "gemma3")
+    assert told["ratio"] == flops / told["flops"]
+    printed = f"\ntrain: its operations are {told['ratio']:.3f} of ({passes} x parameters + "
+    assert printed in capsys.readouterr().out
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------
