@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ from merging.checkpoints.tied import tied
 from merging.checkpoints.tree_writer import OPTIMIZER_STATES
 from merging.engine.compatible import check_compatible, common_rows, with_stacked
 from merging.engine.pieces import Tensor, bytes_per_element, parts_of, piece_limit
-from merging.engine.selection import Selection, names_of
+from merging.engine.selection import Selection, check_tied, names_of
 from merging.methods.method import Method
 from merging.models import model_file
 from merging.models.model_file import ModelFile
@@ -200,6 +201,8 @@ def plan(settings: Settings) -> Plan:
         buffer_bytes = min(BUFFER_BYTES, settings.memory_budget_bytes // (4 * len(readers)))
         readers = [in_layout_of(base_specs, r, buffer_bytes=buffer_bytes) for r in readers]
         if settings.tied != "refuse":
+            specs_of_all = [base_specs, *(reader.specs() for reader in readers)]
+            check_tied(settings.tied, list(dict.fromkeys(itertools.chain(*specs_of_all))))
             readers = [tied(reader, base_specs, settings.tied) for reader in readers]
         rows = common_rows(base_specs, readers) if settings.vocabulary_rows == "common" else {}
         tensors = {
