@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 
 from merging import manifest
-from merging.checkpoints import open_checkpoint, open_writer
+from merging.checkpoints import check_writable, open_checkpoint, open_writer
 from merging.checkpoints.format import LeafSpec, Reader, Writer
 from merging.checkpoints.huggingface import read_config
 from merging.checkpoints.known_layouts import named_layout
@@ -209,6 +209,14 @@ def plan(settings: Settings) -> Plan:
             reader = LayoutReader(reader, layout, buffer_bytes=budget // 4)
             budget -= budget // 4
         specs = stored_as(settings.output_dtype, reader.specs())
+        beside = check_writable(
+            output_format,
+            specs,
+            like=reader,
+            carry_from=folder,
+            shard_bytes=settings.shard_bytes,
+            dtype=settings.output_dtype,
+        )
         identity = {
             "stage": "convert",
             "input": reader.digest(),
@@ -219,7 +227,8 @@ def plan(settings: Settings) -> Plan:
         }
         is_done = manifest.is_done(output, identity)
         if not is_done:
-            manifest.check_free_space(output, sum(spec.nbytes for spec in specs.values()))
+            written = [*specs.values(), *beside.values()]
+            manifest.check_free_space(output, sum(spec.nbytes for spec in written))
         workers = max(2, os.cpu_count() or 1)
         planned = Plan(
             settings=settings,

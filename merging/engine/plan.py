@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from merging import manifest
-from merging.checkpoints import FORMATS, open_checkpoint
+from merging.checkpoints import FORMATS, check_writable, open_checkpoint
 from merging.checkpoints.format import LeafSpec, Reader
 from merging.checkpoints.known_layouts import in_layout_of
 from merging.checkpoints.layout_reader import BUFFER_BYTES, LayoutReader
@@ -237,6 +237,16 @@ def plan(settings: Settings) -> Plan:
         )
 
         output_format = settings.format or base_reader.format
+        carry_from = base_reader.folder if base_reader.format == "safetensors" else None
+        beside = check_writable(
+            output_format,
+            specs,
+            like=base_reader,
+            carry_from=carry_from,
+            shard_bytes=settings.shard_bytes,
+            dtype=settings.output_dtype,
+            optimizer_state=settings.optimizer_state,
+        )
         identity = {
             "stage": "merge",
             "merges": {name: repr(each) for name, each in merges.items()},
@@ -259,14 +269,13 @@ def plan(settings: Settings) -> Plan:
         outputs = {name: output / name if name else output for name in merges}
         is_done = manifest.is_done(output, identity)
         if not is_done:
-            manifest.check_free_space(
-                output, len(merges) * sum(spec.nbytes for spec in specs.values())
-            )
+            written = [*specs.values(), *beside.values()]
+            manifest.check_free_space(output, len(merges) * sum(spec.nbytes for spec in written))
         asking = [each for each in merges.values() if each.asks_survey]
         planned = Plan(
             settings=settings,
             format=output_format,
-            carry_from=base_reader.folder if base_reader.format == "safetensors" else None,
+            carry_from=carry_from,
             model=described,
             base=base_reader,
             experts=tuple(readers),

@@ -11,10 +11,12 @@ import pytest
 import merging
 from merging.checkpoints import FORMATS, open_checkpoint
 from merging.convert import Settings, convert
+from merging.engine import plan
 from merging.methods.averaging import Averaging
 from merging.methods.dare_ties import DareTies
 from merging.methods.ties import Ties
 from tests import models
+from tests.merging.checkpoints.trees_common import nested
 
 METHODS = {"averaging": Averaging(), "ties": Ties(), "dare_ties": DareTies()}
 
@@ -73,13 +75,55 @@ def test_the_output_keeps_the_format_of_the_base(inputs, tmp_path: pathlib.Path)
     assert np.asarray(embedding).tobytes() == wanted.tobytes()
 
 
-def test_safetensors_have_no_place_for_optimizer_state(inputs, tmp_path: pathlib.Path):
-    plain, _, _ = inputs
-    with pytest.raises(ValueError, match="OPTIMIZER_STATE is 'base', but safetensors"):
-        merging.merge_checkpoints(
-            **plain, output_dir=tmp_path / "out", method=Averaging(), optimizer_state="base"
-        )
-    assert list(tmp_path.iterdir()) == []
+STATE = {
+    "params/w": np.ones((3, 2), np.float32),
+    "opt_state/mu/w": np.arange(6, dtype=np.float32).reshape(3, 2),
+    "step": np.int32(7),
+}
+
+
+@pytest.fixture(scope="module")
+def state(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A train state that the library of Orbax wrote; no train state of T5X."""
+    import orbax.checkpoint as ocp
+
+    folder = tmp_path_factory.mktemp("state") / "state"
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(folder, nested(STATE))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("base", "given", "message"),
+    [
+        ("plain", {"optimizer_state": "base"}, "safetensors files hold parameters only"),
+        (
+            "plain",
+            {"optimizer_state": "base", "format": "orbax"},
+            "only checkpoints that are trees",
+        ),
+        ("state", {"optimizer_state": "base", "format": "safetensors"}, "hold parameters only"),
+        ("state", {"optimizer_state": "base", "format": "t5x"}, "no place for .*opt_state/mu/w"),
+        ("state", {"optimizer_state": "base", "format": "t5x_orbax"}, "no place for .*opt_state"),
+        (["a//b"], {"format": "orbax"}, "key '' is empty"),
+        (["a", "a/b"], {"format": "t5x"}, "'b'.* lies in another leaf"),
+        (["w" * 300], {"format": "t5x"}, "too long for the folder"),
+    ],
+)
+def test_what_a_format_can_not_hold_is_told_when_planning(
+    inputs, state, tmp_path: pathlib.Path, base, given: dict, message: str
+):
+    """So that a dry run says it."""
+    if isinstance(base, str):
+        folder = {"plain": inputs[0]["base"], "state": state}[base]
+    else:
+        folder = models.save(tmp_path / "base", dict.fromkeys(base, np.ones(2, np.float32)))
+    before = sorted(tmp_path.rglob("*"))
+    given = {"base": folder, "experts": [folder], "method": Averaging(), **given}
+    params_path = "params" if base == "state" else None
+    with pytest.raises(ValueError, match=message):
+        plan.plan(plan.Settings(**given, params_path=params_path, output_dir=tmp_path / "out"))
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_an_unknown_format_is_refused(inputs, tmp_path: pathlib.Path):
