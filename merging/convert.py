@@ -342,7 +342,7 @@ def _write(
             stacked=planned.stacked,
         )
     return {
-        "checksums": outputs.each[""].checksums,
+        **outputs.each[""].recorded(),
         "pieces": outputs.pieces,
         "pieces_resumed": outputs.kept,
     }

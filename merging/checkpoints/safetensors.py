@@ -229,6 +229,9 @@ class Writer:
     be carried, both before anything is written. OSErrors name the file.
     """
 
+    params_path = None
+    checksums_beside: Mapping[str, Mapping[str, str]] = types.MappingProxyType({})
+
     def __init__(
         self,
         folder: epath.PathLike,

@@ -26,6 +26,7 @@ import numpy as np
 from etils import epath
 
 from merging.checkpoints import boxes, storage, zarr
+from merging.checkpoints.checksums import box_text, checksum
 from merging.checkpoints.format import CheckpointError, Index, LeafSpec
 from merging.checkpoints.left import Left
 from merging.checkpoints.ocdbt import MANIFEST, kvstore
@@ -186,6 +187,8 @@ class TreeWriter:
         self.is_main = process_index == 0
         self._like = like
         self.tree = tree
+        self.params_path = tree.params_path
+        self.checksums_beside: dict[str, dict[str, str]] = {}
         self._leaves = tree.leaves
         self._extra = {name: (extra or {})[name] for name in tree.extra}
         self.names_mine = _share(specs, process_index, process_count, self._is_inline)
@@ -225,11 +228,11 @@ class TreeWriter:
         """All this process wrote is on disk; if it is the main one, the checkpoint is there. See the module on order."""
         for name in self._rest_mine:
             for index in self._boxes(name):
-                self._put(name, index, self._like.read_rest(name, index))
+                self._put_beside(name, index, self._like.read_rest(name, index))
         mine = [self.tree.rooted(name) for name in self.names_mine] + self._rest_mine
         if self.is_main:
             for name, array in self._extra.items():
-                self._put(name, boxes.whole(array.shape), array)
+                self._put_beside(name, boxes.whole(array.shape), array)
             mine += self._extra
         for name in mine:
             if not self._leaves[name].spec.size and name not in self._done:
@@ -278,6 +281,10 @@ class TreeWriter:
             if assembler.is_done and name not in self._done:
                 self._done.add(name)
                 del self._assemblers[name]
+
+    def _put_beside(self, name: str, index: Index, array: np.ndarray) -> None:
+        self.checksums_beside.setdefault(name, {})[box_text(index)] = checksum(array)
+        self._put(name, index, array)
 
     def _boxes(self, name: str) -> Iterator[Index]:
         return boxes.row_boxes(self._leaves[name].spec.shape, _COPIED_ELEMENTS)
