@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import pytest
 import merging
 from merging.checkpoints import FORMATS, open_checkpoint
 from merging.convert import Settings, convert
+from merging.convert import plan as plan_convert
 from merging.engine import plan
 from merging.methods.averaging import Averaging
 from merging.methods.dare_ties import DareTies
@@ -38,8 +40,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict, pathli
     return plain, {**plain, "experts": mixed}, folder / "merged"
 
 
-def read(folder: pathlib.Path) -> models.Model:
-    with contextlib.closing(open_checkpoint(folder)) as reader:
+def read(folder: pathlib.Path, params_path: str | None = None) -> models.Model:
+    with contextlib.closing(open_checkpoint(folder, params_path=params_path)) as reader:
         return {
             name: reader.read(name, tuple(slice(0, size) for size in spec.shape))
             for name, spec in reader.specs().items()
@@ -124,6 +126,24 @@ def test_what_a_format_can_not_hold_is_told_when_planning(
     with pytest.raises(ValueError, match=message):
         plan.plan(plan.Settings(**given, params_path=params_path, output_dir=tmp_path / "out"))
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_conversion_says_what_it_drops_and_keeps_it_when_told(state, tmp_path: pathlib.Path):
+    told = r"2 leaves \(28 B\) beside the parameters: opt_state/mu/w, step \(OPTIMIZER_STATE='{}'\)"
+    for choice, doing in (("drop", "drops"), ("input", "keeps")):
+        settings = Settings(
+            input=state,
+            output_dir=tmp_path / choice,
+            params_path="params",
+            optimizer_state=choice,
+            output_dtype="bfloat16",
+        )
+        with contextlib.closing(plan_convert(settings)) as planned:
+            assert re.search(f"{doing} +{told.format(choice)}", planned.describe())
+        convert(settings)
+    params = {"params/w": STATE["params/w"].astype(models.BFLOAT16)}
+    assert models.same_bits(read(tmp_path / "drop", ""), params)
+    assert models.same_bits(read(tmp_path / "input", ""), STATE | params)
 
 
 def test_an_unknown_format_is_refused(inputs, tmp_path: pathlib.Path):
