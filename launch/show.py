@@ -4,6 +4,7 @@ r"""Shows what is in a checkpoint, how it was made, and how two checkpoints diff
   python -m launch.show /data/merged --norms --leaves='*mlp*'
   python -m launch.show /data/base /data/merged
   python -m launch.show /data/merged --verify
+  python -m launch.show /data/state --params_path=params
 
 Leaves with shape, dtype and bytes, from headers alone; with --norms L2 norms, largest magnitudes and how many elements
 are NaN or infinite, which reads everything once. Two checkpoints are compared leaf by leaf, second minus first, and
