@@ -134,7 +134,10 @@ def named_layout(
 def find_layout(
     wanted: Mapping[str, LeafSpec], found: Mapping[str, LeafSpec], *, where: str = "checkpoint"
 ) -> Layout | None:
-    """The layout from the leaves `found` to those `wanted`, if stacking and spelling is all that they differ in.
+    """The layout from the leaves `found` to those `wanted`, as far as stacking and spelling make them differ.
+
+    What differs in more (a leaf that only one has, another shape) passes as it is, under the name that is wanted of it: whether that
+    is wrong is for others to say. None: no leaf would change.
 
     Raises CheckpointError where the axis over layers can't be told from shapes (all candidates have as many entries).
     """
@@ -149,7 +152,10 @@ def find_layout(
     rules += [_stacking(name, place, axis).inverse() for name, place, axis in stacks]
     stacks = _stacks(theirs, ours, where)  # those found stacked
     rules += [_stacking(name, place, axis) for name, place, axis in stacks]
-    if ours or theirs:
+    rules += [
+        Rule(escape(spec.name), escape(ours.get(path, spec).name)) for path, spec in theirs.items()
+    ]
+    if all(rule.source == rule.target for rule in rules):
         return None
     return Layout(name="as the base has it", rules=tuple(rules))
 
