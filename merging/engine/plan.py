@@ -14,7 +14,6 @@ from etils import epath
 from merging import manifest
 from merging.checkpoints import FORMATS, open_checkpoint
 from merging.checkpoints.format import LeafSpec, Reader
-from merging.checkpoints.known_layouts import in_layout_of
 from merging.checkpoints.layout_reader import BUFFER_BYTES, LayoutReader
 from merging.checkpoints.tied import tied
 from merging.checkpoints.tree_writer import OPTIMIZER_STATES
@@ -24,6 +23,7 @@ from merging.engine.selection import Selection, names_of
 from merging.methods.method import Method
 from merging.models import model_file
 from merging.models.model_file import ModelFile
+from merging.models.trees import in_tree_of
 from merging.paths import Stacked
 
 OUTPUT_DTYPES = ("float32", "bfloat16", "float16")
@@ -198,7 +198,11 @@ def plan(settings: Settings) -> Plan:
         stacked = Stacked(described.stacked if says_it else settings.stacked)
         base_specs = with_stacked(base_reader.specs(), stacked)
         buffer_bytes = min(BUFFER_BYTES, settings.memory_budget_bytes // (4 * len(readers)))
-        readers = [in_layout_of(base_specs, r, buffer_bytes=buffer_bytes) for r in readers]
+        readers = [
+            in_tree_of(base_specs, each, folders=(settings.base, path), buffer_bytes=buffer_bytes)
+            for each, path in zip(readers, settings.experts, strict=True)
+        ]
+        rearranged = sum(isinstance(reader, LayoutReader) for reader in readers)
         if settings.tied != "refuse":
             readers = [tied(reader, base_specs, settings.tied) for reader in readers]
         rows = common_rows(base_specs, readers) if settings.vocabulary_rows == "common" else {}
@@ -215,7 +219,6 @@ def plan(settings: Settings) -> Plan:
         check_compatible(base_reader, readers, kept=kept, rows=rows, exclude=settings.exclude)
         specs = stored_as(settings.output_dtype, base_specs)
         workers = max(2, os.cpu_count() or 1)
-        rearranged = sum(isinstance(reader, LayoutReader) for reader in readers)
         expert_specs = [reader.specs() for reader in readers]
         limit = piece_limit(
             budget_bytes=settings.memory_budget_bytes - rearranged * buffer_bytes,

@@ -157,7 +157,7 @@ def test_what_not_all_layers_have_stays():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("rolled", "known are stacked, unstacked"),
+        ("rolled", "known are stacked, unstacked, own, huggingface"),
         ("stacked(1)", "write a name"),
         ("stacked(axis=", "write a name"),
         ("stacked(axes=1)", "axes"),
