@@ -10,6 +10,7 @@ from etils import epath
 
 from merging.checkpoints import orbax, safetensors, t5x
 from merging.checkpoints.format import UNFINISHED_FILE, CheckpointError, LeafSpec, Reader, Writer
+from merging.checkpoints.huggingface import carried_files
 from merging.checkpoints.trees import TreeReader
 
 # Writers by the names that FORMAT takes. Their arguments behind (folder, specs) are their own.
@@ -106,7 +107,7 @@ def open_writer(
       name: of the format.
       folder, specs: where, and all leaves in storage order.
       like: the checkpoint whose tree, beside the parameters, the output takes over, where the format has one.
-      carry_from: a Hugging Face folder whose config and tokenizer go along with safetensors.
+      carry_from: a folder whose files of Hugging Face's, config and tokenizer, go along where it has them.
       shard_bytes: of data per file of safetensors, at most.
       dtype: what config.json shall say of the weights' type; None leaves it.
       optimizer_state: "drop", or "base": with what `like` holds beside the parameters.
@@ -115,7 +116,8 @@ def open_writer(
     Processes share a folder: all others commit before process 0 does. Raises ValueError for what the format can't hold.
     """
     if name != "safetensors":
-        return FORMATS[name](
+        carried = carried_files(carry_from, dtype) if process_index == 0 else {}
+        writer = FORMATS[name](
             folder,
             specs,
             like=like if isinstance(like, TreeReader) else None,
@@ -124,6 +126,8 @@ def open_writer(
             process_count=process_count,
             is_resumed=is_resumed,
         )
+        writer.carry(carried)
+        return writer
     if optimizer_state != "drop":
         raise ValueError(
             f"OPTIMIZER_STATE is {optimizer_state!r}, but safetensors files hold parameters only:"

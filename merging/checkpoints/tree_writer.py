@@ -27,6 +27,7 @@ from etils import epath
 
 from merging.checkpoints import boxes, storage, zarr
 from merging.checkpoints.format import CheckpointError, Index, LeafSpec
+from merging.checkpoints.huggingface import put_carried
 from merging.checkpoints.left import Left
 from merging.checkpoints.ocdbt import MANIFEST, kvstore
 from merging.checkpoints.safetensors_header import show
@@ -147,6 +148,11 @@ class TreeWriter:
         self._done: set[str] = set()
         self._version = version
         self._left = store.left() if is_resumed else None
+        self._carried: Mapping[str, epath.Path | bytes] = {}
+
+    def carry(self, files: Mapping[str, epath.Path | bytes]) -> None:
+        """Small files that the main process puts beside the checkpoint; see `huggingface.carried_files`. Told before `commit`."""
+        self._carried = files
 
     @property
     def leaf_names(self) -> list[str]:
@@ -192,6 +198,7 @@ class TreeWriter:
         if self.is_main:
             for path in self._made_last():
                 remove(path)  # of a writer that was killed in here
+            put_carried(self._folder, self._carried)
             self._finish()
 
     def close(self) -> None:

@@ -83,7 +83,7 @@ class Plan:
     Attributes:
       settings: as they were given.
       format: of the output.
-      carry_from: a Hugging Face folder whose config and tokenizer belong to the base; None where there is none.
+      carry_from: the base's folder, whose config and tokenizer go along where it has them; None where it is a file.
       model: what the base's model.json says, which goes along; None where it has none.
       base, experts: open readers.
       output: the folder to be.
@@ -193,7 +193,8 @@ def plan(settings: Settings) -> Plan:
             )
             for path in inputs
         )
-        described = model_file.read_if_there(settings.base)
+        folder = epath.Path(settings.base)
+        described = model_file.read_if_there(folder)
         says_it = settings.stacked is None and described is not None
         stacked = Stacked(described.stacked if says_it else settings.stacked)
         base_specs = with_stacked(base_reader.specs(), stacked)
@@ -266,7 +267,7 @@ def plan(settings: Settings) -> Plan:
         planned = Plan(
             settings=settings,
             format=output_format,
-            carry_from=base_reader.folder if base_reader.format == "safetensors" else None,
+            carry_from=folder if folder.is_dir() else None,
             model=described,
             base=base_reader,
             experts=tuple(readers),

@@ -111,6 +111,21 @@ def test_transformers_opens_what_was_never_theirs(family: str, tmp_path: pathlib
     np.testing.assert_allclose(np.asarray(found), wanted, atol=2e-3, rtol=2e-3)
 
 
+@pytest.mark.peers
+def test_transformers_opens_what_was_a_tree_of_t5x(tmp_path: pathlib.Path):
+    transformers = pytest.importorskip("transformers", reason="extra peers")
+    config = families.build("llama").config
+    last = save_theirs(tmp_path / "in", config, own_tree(config))
+    for name in ("orbax", "t5x", "safetensors"):
+        convert(Settings(input=last, output_dir=tmp_path / name, format=name))
+        last = tmp_path / name
+    found = transformers.AutoModelForCausalLM.from_pretrained(last)
+    assert found.config.eos_token_id == [2, 3] and found.generation_config.eos_token_id == 3
+    stored = models.load(tmp_path / "in")
+    for name, leaf in found.state_dict().items():
+        np.testing.assert_array_equal(leaf.numpy(), stored[name])
+
+
 def test_a_config_json_that_says_another_model_is_replaced(tmp_path: pathlib.Path):
     config = families.build("llama").config
     folder = save_own(tmp_path / "own", config, own_tree(config))
