@@ -89,7 +89,7 @@ def layout(config: LlamaConfig | Gemma3Config) -> Layout:
     # What the model doesn't have passes as it is: who knows what is wanted tells it, with all else that differs.
     others = Rule("*", "*")
     return Layout(
-        name=f"of {type(config).__name__}",
+        name="own",
         rules=(*single, *kernels, *scales, others),
         sizes={
             "layer": config.num_layers,

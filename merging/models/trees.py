@@ -6,6 +6,7 @@ Which of them a checkpoint has is told by the name of its embedding, in any stac
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Iterable, Mapping
 
 import flax.traverse_util
@@ -59,7 +60,7 @@ def their_names(
     """The reader of a model's own tree, with Hugging Face's names and shapes."""
     ours = specs_of(model_of(config))
     reader = in_layout_of(ours, reader, buffer_bytes=buffer_bytes // 2)
-    layout = huggingface.layout(config).inverse()
+    layout = dataclasses.replace(huggingface.layout(config).inverse(), name="huggingface")
     return LayoutReader(reader, layout, buffer_bytes=buffer_bytes // 2)
 
 

@@ -68,8 +68,7 @@ def beside(folder: pathlib.Path) -> dict[str, object]:
     return {name: json.loads((folder / name).read_text()) for name in names}
 
 
-@pytest.mark.parametrize("family", GATED)
-@pytest.mark.parametrize("options", ["", "(scan_layers=False)"])
+@pytest.mark.parametrize(("family", "options"), [("llama", ""), ("gemma3", "(scan_layers=False)")])
 def test_to_our_own_tree_and_back(family: str, options: str, tmp_path: pathlib.Path):
     config = families.build(family, param_dtype="bfloat16").config
     ours = own_tree(config)
@@ -143,7 +142,7 @@ def dotted(leaves: models.Model) -> models.Model:
     return {name.replace("/", "."): leaf for name, leaf in leaves.items()}
 
 
-@pytest.mark.parametrize("family", GATED)
+@pytest.mark.parametrize("family", ["llama", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_one_merge_of_both_trees(family: str, tmp_path: pathlib.Path):
     """Their base with experts of ours, and the reverse: the bits of the merge in the base's tree alone."""
     config = families.build(family, param_dtype="bfloat16").config
