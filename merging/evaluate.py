@@ -24,7 +24,8 @@ from merging.evaluation.examples import Task
 from merging.models import model_file
 from merging.models.config import DecoderConfig
 from merging.models.families import is_prefix_lm, model_of
-from merging.models.parameters import as_model, read_params
+from merging.models.parameters import read_params
+from merging.models.trees import as_model
 from merging.partitioning import MeshShape, mesh_of
 
 # Padded tokens of one model after which its scores so far are put on disk, at the next end of a task.
