@@ -49,6 +49,7 @@ from merging.models import model_file
 from merging.models.config import DecoderConfig
 from merging.models.families import is_prefix_lm, model_of
 from merging.partitioning import MeshShape, mesh_of
+from merging.study_identity import depends_on
 from merging.study_models import StudyModels
 from merging.training.optimizer import adamw
 from merging.training.settings import Optimizer
@@ -148,12 +149,14 @@ class Data:
       mixture: (how to train, name of a mixture) -> what is trained on.
       tasks: (whether settings are chosen, by examples that judge nobody then) -> what judges, and JSON that says all it depends on.
       tuning_tasks: () -> the same of what settings are chosen by.
+      depends_on: (whether settings are chosen) -> JSON, all that examples depend on and that is known without reading them.
     """
 
     categories: Mapping[str, Category]
     mixture: Callable[[Training, str], Mixture]
     tasks: Callable[[bool], Tasks]
     tuning_tasks: Callable[[], Tasks]
+    depends_on: Callable[[bool], Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -503,6 +506,7 @@ def _description(planned: Plan) -> dict[str, Any]:
         seeds=s.seeds,
         categories=planned.data.categories,
         cells=planned.cells,
+        depends_on=depends_on(planned),
     )
 
 

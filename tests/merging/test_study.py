@@ -12,12 +12,14 @@ from typing import Any
 import flax.traverse_util
 import jax
 import numpy as np
+import optax
 import pytest
+from etils import epath
 
 import merging
 from merging import manifest, study
 from merging.evaluation.collect import SCORES, ScoresFile
-from merging.grid import tuning
+from merging.grid import study_file, tuning
 from merging.grid.relative import relative
 from merging.grid.results import read as read_results
 from merging.grid.study_file import Category, Dataset
@@ -28,6 +30,7 @@ from merging.methods.ties import Ties
 from merging.partitioning import MeshShape
 from merging.study import Data, InputMissing, Settings, Training
 from merging.study_models import SHARE_OF_MEMORY, StudyModels
+from merging.training.optimizer import adamw
 from tests.merging.evaluation.test_evaluator import TASKS
 from tests.merging.training import runs
 
@@ -55,6 +58,7 @@ DATA = Data(
     mixture=mixture,
     tasks=lambda is_tuned: (TASKS, {"of": "test", "is_tuned": is_tuned}),
     tuning_tasks=lambda: (TASKS[:-1], {"of": "tuning"}),
+    depends_on=lambda is_tuned: {"limit": 5},
 )
 
 
@@ -314,8 +318,80 @@ def test_a_phase_names_what_an_earlier_one_lacks(tmp_path: pathlib.Path):
 
 @pytest.mark.slow
 def test_another_study_in_the_same_folder_is_refused(whole: pathlib.Path):
-    with pytest.raises(OutputError, match="another study, which differs in cells, seeds"):
+    with pytest.raises(OutputError, match="another study, which differs in:\n  cells\n  seeds\n"):
         run(whole, options={"seeds": (0, 1, 2)})
+
+
+def described(folder: pathlib.Path, limit: int = 5, **changes: Any) -> dict[str, Any]:
+    data = dataclasses.replace(DATA, depends_on=lambda is_tuned: {"limit": limit})
+    return study._description(study.plan(settings(folder, **changes), data))
+
+
+def test_what_results_depend_on_stays_as_it_was_begun(tmp_path: pathlib.Path):
+    first, other = epath.Path(tmp_path) / "first", epath.Path(tmp_path) / "other"
+    study_file.write(first, described(first))
+    rate = {"learning_rate": optax.linear_schedule(1e-2, 0.0, 3)}
+    small = {"by_size": {"tiny": {"train_steps": 4}, "huge": {"train_steps": 9}}}
+    for changes, names in (
+        ({"limit": 6}, ["data.limit was 5, is 6"]),
+        (
+            {"expert": training("{category}_tiny", batch_size=2, **rate)},
+            [
+                "expert.batch_size was 8, is 2",
+                'expert.learning_rate was "0.01", is "0.01 0.006667 0.003333"',
+            ],
+        ),
+        (
+            {"multitask": training("ones", optimizer=optax.lion, clip_norm=None)},
+            [
+                'multitask.mixture was "both", is "ones"',
+                'multitask.optimizer was "',
+                "multitask.clip_norm was 1.0, is null",
+            ],
+        ),
+        (
+            {"expert": training("{category}_tiny", **small)},
+            ['expert.by_size.tiny was null, is {"train_steps": 4'],
+        ),
+        (
+            {"normalization": "tokens", "seed": 1},
+            ["seed was 0, is 1", 'normalization was "sum", is "tokens"'],
+        ),
+    ):
+        with pytest.raises(OutputError) as refused:
+            study_file.write(first, described(first, **changes))
+        found = str(refused.value).split("\n  ")[1:]
+        assert len(found) == len(names)
+        for line, wanted in zip(found, names, strict=True):
+            assert line.startswith(wanted)
+
+    # On another device functions give other last digits.
+    elsewhere = described(first)
+    elsewhere["depends_on"]["expert"]["learning_rate"] = "0.01000001"
+    study_file.write(first, elsewhere)
+
+    # Elsewhere, cut otherwise and saved more often it is the same study.
+    more = {"checkpoint_every": 1, "optimizer": lambda rate: adamw(rate)}
+    study_file.write(
+        first,
+        described(
+            other,
+            batch_tokens=99,
+            row_length=96,
+            models_at_once=2,
+            experts_in_memory=False,
+            mesh=None,
+            expert=training("{category}_tiny", **more),
+        ),
+    )
+
+
+def test_a_study_that_does_not_say_what_it_depends_on_is_refused(tmp_path: pathlib.Path):
+    wanted = described(tmp_path)
+    old = {name: value for name, value in wanted.items() if name != "depends_on"}
+    (tmp_path / "study.json").write_text(json.dumps(old))
+    with pytest.raises(OutputError, match="is of an earlier version and does not say .* LIMIT"):
+        study_file.write(epath.Path(tmp_path), wanted)
 
 
 @pytest.mark.parametrize(
