@@ -6,7 +6,8 @@
   report    (merging.report)
 
 Items of a phase depend on none of the same phase and meet in files alone: worker i of n takes every n-th of them, an item that is done
-is left as it is, and what a lost worker left is made by running the phase again. The merge of a cell is `merge_params`, the
+is left as it is, and what a lost worker left is made by running the phase again. What is being trained by another worker is passed over, and
+looked at again at the end. The merge of a cell is `merge_params`, the
 very steps of the merge from disk to disk, which it equals bit for bit.
 """
 
@@ -25,7 +26,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from merging import finetune, manifest
-from merging.checkpoints.storage import put_file
+from merging.checkpoints.storage import put_whole
 from merging.engine import hosts
 from merging.engine.vectors import task_vectors_of
 from merging.evaluation.collect import Result, put_scores
@@ -51,10 +52,14 @@ from merging.models.families import is_prefix_lm, model_of
 from merging.partitioning import MeshShape, mesh_of
 from merging.study_identity import depends_on
 from merging.study_models import StudyModels
+from merging.training.loop import Interrupted
 from merging.training.optimizer import adamw
 from merging.training.settings import Optimizer
 
 PHASES = ("bases", "experts", "cells")
+
+# At an item that another worker is making, which takes minutes to days.
+SECONDS_BETWEEN_LOOKS = 5.0
 
 
 class InputMissing(ValueError):
@@ -469,7 +474,7 @@ def run(
       progress, log, write_metrics: are told.
       should_stop: see `finetune.run`.
 
-    Raises InputMissing where an earlier phase is not done, and what the stages raise.
+    Raises InputMissing where an earlier phase is not done, Interrupted when asked to stop, and what the stages raise.
     """
     if not 0 <= worker < num_workers:
         raise ValueError(
@@ -483,12 +488,13 @@ def run(
     made = dict.fromkeys(phases, 0)
     for phase in phases:
         items = planned.items[phase][worker::num_workers]
-        missing = [item for item in items if not item.is_done]
+        is_done = hosts.of_main([item.is_done for item in items])  # one look for all hosts
+        missing = [item for item, there in zip(items, is_done, strict=True) if not there]
         done = len(items) - len(missing)
         progress(phase, done, len(items), "")
         _check_needs(phase, missing)
-        for item in making.make(phase, missing):
-            made[phase] += 1
+        for item, is_mine in making.make(phase, missing):
+            made[phase] += is_mine
             done += 1
             progress(phase, done, len(items), item.label)
     return Report(made=made, seconds=time.perf_counter() - started, spent=making.spent)
@@ -537,16 +543,40 @@ class _Making:
         self.write_metrics, self.should_stop = write_metrics, should_stop
         self.spent = Seconds()
 
-    def make(self, phase: str, items: Sequence[Item]) -> Iterator[Item]:
-        """Makes items, and gives each when it is done."""
+    def make(self, phase: str, items: Sequence[Item]) -> Iterator[tuple[Item, bool]]:
+        """Makes items, and gives each when it is done, with whether it was made here."""
         if phase == "cells":
             groups = dict.fromkeys((item.size, item.base) for item in items)
             for group in groups:
-                yield from self._score([i for i in items if (i.size, i.base) == group])
+                mine = [item for item in items if (item.size, item.base) == group]
+                yield from ((item, True) for item in self._score(mine))
             return
+        make = self._train_bases if phase == "bases" else self._train_experts
+        others: list[Item] = []
         for item in items:
-            (self._train_bases if phase == "bases" else self._train_experts)(item)
-            yield item
+            try:
+                make(item)
+            except manifest.Busy:
+                self.log(f"{item.label} is being made by another worker: passed over until the end")
+                others.append(item)
+            else:
+                yield item, True
+        for item in others:
+            yield item, self._made_after_all(item, make)
+
+    def _made_after_all(self, item: Item, make: Callable[[Item], None]) -> bool:
+        """Waits until another worker has made an item, or makes it where that one has stopped; whether it was made here."""
+        self.log(f"waiting for {item.label}, which another worker is making")
+        looks = 0
+        while not hosts.of_main(item.is_done):
+            with contextlib.suppress(manifest.Busy):
+                make(item)
+                return True
+            looks += 1
+            if self.should_stop(looks):
+                raise Interrupted(0)
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        return False
 
     @contextlib.contextmanager
     def _counted(self, part: str) -> Iterator[None]:
@@ -745,7 +775,7 @@ class _Making:
                 "experts": list(models.experts()),
                 **{k: v.tolist() for k, v in dataclasses.asdict(found).items()},
             }
-            put_file(path, (json.dumps(content, indent=1) + "\n").encode())
+            put_whole(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def _evaluated(

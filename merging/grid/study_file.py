@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from merging.checkpoints.storage import put_file
+from merging.checkpoints.storage import put_whole
 from merging.grid.cells import Cell
 from merging.manifest import OutputError, differences, digest
 
@@ -144,7 +144,7 @@ def write(root: epath.Path, description: Mapping[str, Any]) -> None:
         _refuse_other(path, read(root), wanted)
         return
     root.mkdir(parents=True, exist_ok=True)
-    put_file(path, (json.dumps(wanted, indent=1) + "\n").encode())
+    put_whole(path, (json.dumps(wanted, indent=1) + "\n").encode())
 
 
 def _refuse_other(path: epath.Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import pathlib
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -195,6 +198,28 @@ def test_two_workers_give_the_scores_of_one(whole: pathlib.Path, tmp_path: pathl
         made = [run(output, phases=[phase], worker=i, num_workers=2).made[phase] for i in (1, 0)]
         assert made == ([3, 3] if phase == "experts" else [14, 14])
     assert scores(output) == scores(whole)
+
+
+@pytest.mark.slow
+def test_what_another_process_is_making_is_waited_for(tmp_path: pathlib.Path):
+    def worker(name: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "tests.merging.study_job", str(tmp_path / "study"), name]
+        return stack.enter_context(
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        )
+
+    with contextlib.ExitStack() as stack:
+        first = worker("first")
+        assert first.stdout.readline() == "training\n"
+        second = worker("second")
+        passed_over = second.stdout.readline()
+        assert passed_over.startswith("tiny/bases is being made by another worker")
+        assert "waiting for tiny/bases" in second.stdout.readline()
+        assert first.communicate("go on\n", timeout=300) == ("1\n", None)
+        assert second.communicate(timeout=300) == ("0\n", None)
+    assert (first.returncode, second.returncode) == (0, 0)
+    assert manifest.read(tmp_path / "study/models/tiny/pretrained/base") is not None
+    assert not any(tmp_path.rglob("*.tmp"))
 
 
 @pytest.mark.slow
