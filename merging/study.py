@@ -2,7 +2,7 @@
 
   bases     a pretrained and an instruction-tuned base of every size
   experts   from every base an expert of each held-in category, and a multitask model
-  cells     base, experts, multitask model and all merges scored on all tasks; merges live and die in device memory
+  cells     base, experts, multitask model and all merges scored on all tasks; merges live and die in device memory unless they are to be kept
   report    (merging.report)
 
 Items of a phase depend on none of the same phase and meet in files alone: worker i of n takes every n-th of them, an item that is done
@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -116,6 +117,7 @@ class Settings:
       tune: merges are made by chosen settings too: see `grid.tuning`.
       experts_in_memory: base and all experts of a size lie in the devices' memory together; False: merges are streamed from disk; None:
         where they fit.
+      keep_merged: merged checkpoints are written, in the base's format, and stay; each is a whole model.
       models_at_once: that are evaluated by one step, each on one device.
       normalization, row_length, batch_tokens, shapes: see `evaluator.Options`.
     """
@@ -135,6 +137,7 @@ class Settings:
     seed: int = 0
     tune: bool = False
     experts_in_memory: bool | None = None
+    keep_merged: bool = False
     models_at_once: int = 1
     normalization: str = "sum"
     row_length: int = 2_048
@@ -395,18 +398,27 @@ def _models(planned: Plan, experts: Sequence[Item]) -> list[Item]:
             size=size,
             base=base,
             name=model,
-            folders=(planned.places.scores(size, base, model),),
+            folders=(planned.places.scores(size, base, model), *kept),
             needs=tuple(needs[size, base]),
         )
         for size in s.sizes
         for base in s.bases
-        for model in (
-            BASE,
-            *(expert(each, steps) for steps in planned.every_steps for each in planned.held_in),
-            *([MULTITASK] if s.multitask is not None else []),
-            *planned.merges(size, base),
+        for model, kept in (
+            *((model, ()) for model in _trained(planned)),
+            *((model, _kept(planned, size, base, model)) for model in planned.merges(size, base)),
         )
     ]
+
+
+def _trained(planned: Plan) -> list[str]:
+    """The models of a size and base that are not merged."""
+    experts = [expert(c, steps) for steps in planned.every_steps for c in planned.held_in]
+    return [BASE, *experts, *([MULTITASK] if planned.settings.multitask is not None else [])]
+
+
+def _kept(planned: Plan, size: str, base: str, model: str) -> tuple[epath.Path, ...]:
+    """Where a merged model's checkpoint is written."""
+    return (planned.places.merged(size, base, model),) if planned.settings.keep_merged else ()
 
 
 # ---- what is done -------------------------------------------------------------------------------------------------
@@ -720,6 +732,12 @@ class _Making:
         elif not self.places.vectors(size, base).exists():
             with self._counted("merge"):
                 self._write_vectors(models)
+        # Checkpoints may be asked for behind the scores.
+        is_scored = hosts.of_main([(i.folders[0] / manifest.MANIFEST).exists() for i in items])
+        for item in itertools.compress(items, is_scored):
+            models.params(item.name)
+            yield item
+        items = [item for item, there in zip(items, is_scored, strict=True) if not there]
         at_once = self.settings.models_at_once
         for start in range(0, len(items), at_once):
             group = items[start : start + at_once]

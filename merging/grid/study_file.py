@@ -90,6 +90,10 @@ class Places:
         """scores.jsonl and manifest.json of one model."""
         return self.root / "scores" / size / base / model
 
+    def merged(self, size: str, base: str, model: str) -> epath.Path:
+        """The checkpoint of a merged model, where these are kept."""
+        return self.root / "merged" / size / base / model
+
     def vectors(self, size: str, base: str) -> epath.Path:
         """How the task vectors of all experts lie to one another."""
         return self.root / "vectors" / size / f"{base}.json"

@@ -92,6 +92,15 @@ def settings(output: pathlib.Path, **changes: Any) -> Settings:
     return Settings(output_dir=output, **standard | changes)
 
 
+SMALL = {
+    "bases": {"pretrained": training("text")},
+    "multitask": None,
+    "methods": {"averaging": Averaging()},
+    "num_experts": (2,),
+    "seeds": (0,),
+}
+
+
 def run(output: pathlib.Path, *, options: dict[str, Any] | None = None, **arguments: Any):
     return study.run(study.plan(settings(output, **options or {}), DATA), **arguments)
 
@@ -233,6 +242,37 @@ def test_experts_that_do_not_fit_are_streamed_to_the_same_scores(
     assert "merges are streamed from disk" in told[0]
     assert scores(output) == scores(whole)
     assert not any((output / "streamed").iterdir())
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """One base, two experts, their average, and no multitask model."""
+    output = tmp_path_factory.mktemp("small") / "study"
+    assert run(output, options=SMALL).made == {"bases": 1, "experts": 2, "cells": 4}
+    return output
+
+
+@pytest.mark.slow
+def test_merged_checkpoints_are_kept_where_asked_for(small: pathlib.Path, tmp_path: pathlib.Path):
+    output = tmp_path / "study"
+    shutil.copytree(small, output)
+    assert not (output / "merged").exists()
+    options = {**SMALL, "keep_merged": True}
+    assert run(output, options=options).made["cells"] == 1
+    assert scores(output) == scores(small)
+    planned = study.plan(settings(small, **SMALL), DATA)
+    in_memory = models_of(planned, "pretrained").params("averaging_n2_s0")
+    on_disk = runs.params(output / "merged/tiny/pretrained/averaging_n2_s0")
+    for name, leaf in flax.traverse_util.flatten_dict(in_memory, sep="/").items():
+        assert np.asarray(leaf).tobytes() == on_disk[name].tobytes(), name
+
+    # The same merge again is scored from what was kept.
+    made = manifest.read(output / "merged/tiny/pretrained/averaging_n2_s0")
+    (output / "scores/tiny/pretrained/averaging_n2_s0" / manifest.MANIFEST).unlink()
+    assert run(output, options=options).made["cells"] == 1
+    assert scores(output) == scores(small)
+    assert manifest.read(output / "merged/tiny/pretrained/averaging_n2_s0") == made
+    assert run(output, options=options).made["cells"] == 0
 
 
 @pytest.mark.slow
