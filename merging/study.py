@@ -19,7 +19,7 @@ import functools
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -528,9 +528,19 @@ def _description(planned: Plan) -> dict[str, Any]:
     )
 
 
+def check_done(planned: Plan) -> None:
+    """Raises InputMissing, with names, unless all that a whole report is of is there."""
+    _check_there(
+        "report", [f for of in planned.items.values() for item in of for f in item.folders]
+    )
+
+
 def _check_needs(phase: str, items: Sequence[Item]) -> None:
-    needed = dict.fromkeys(folder for item in items for folder in item.needs)
-    missing = [str(f) for f in needed if not (f / manifest.MANIFEST).exists()]
+    _check_there(phase, dict.fromkeys(folder for item in items for folder in item.needs))
+
+
+def _check_there(phase: str, folders: Iterable[epath.Path]) -> None:
+    missing = [str(f) for f in folders if not (f / manifest.MANIFEST).exists()]
     if missing:
         shown = "\n  ".join(missing[:10])
         more = f"\n  and {len(missing) - 10} more" if len(missing) > 10 else ""

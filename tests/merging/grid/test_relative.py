@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
 
 from merging.grid import bootstrap, results
 from merging.grid.relative import Grid, Relative, grid, relative
+from merging.report import report
 from tests.merging.grid.synthetic import IT, World, write_scores
 
 TASKS = {
@@ -68,7 +70,7 @@ def study(tmp_path: pathlib.Path) -> pathlib.Path:
             for names in (["A"], ["A", "B"])
         ],
     }
-    (tmp_path / "study.json").write_text(json.dumps(described))
+    (tmp_path / "study.json").write_text(json.dumps(described))  # of a version before `depends_on`
     for name, scores in SCORES.items():
         write_scores(tmp_path, ("xs", "pretrained", name), TASKS, scores)
     return tmp_path
@@ -89,6 +91,23 @@ def test_raw_scores_are_means_over_prompts_then_parts(study: pathlib.Path):
         np.testing.assert_allclose(found.raw[row], list(scores.values()), rtol=1e-12)
     assert found.is_there.all()
     np.testing.assert_array_equal(found.chance, 0.25)
+
+
+def test_a_study_without_multitask_models_is_whole_without_them(study: pathlib.Path):
+    described = json.loads((study / "study.json").read_text())
+    described["depends_on"] = {"multitask": None}
+    (study / "study.json").write_text(json.dumps(described))
+    shutil.rmtree(study / "scores/xs/pretrained/multitask")
+    ratios, cells = graded(study)
+    assert ratios.results.is_there.all() and len(ratios.results.rows) == len(SCORES) - 1
+    assert cells.held_in[0, 0, 0, 0, 1, 0] == pytest.approx((0.75 + 1.0) / 2)
+    assert np.isnan(cells.multitask_held_in).all() and np.isnan(cells.multitask_held_out).all()
+    made = report(study, draws=10)
+    assert made.there == made.wanted == len(SCORES) - 1
+    claims = {each.claim.id: each for each in made.claims["fixed"]}
+    assert {each.verdict for each in claims.values() if "multitask" in each.claim.needs} == {
+        "undecided"
+    }
 
 
 def test_relative_scores_are_those_worked_out_by_hand(study: pathlib.Path):
