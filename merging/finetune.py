@@ -358,6 +358,7 @@ class _Run:
             "mesh": partitioning.describe(self.mesh),
             "metrics": {self.plan.mixtures[n].name: self.last[n] for n in names},
             "seconds": round(time.perf_counter() - self.started, 3),
+            "step_seconds": round(self.spent.steps, 3),
             "config": self.config_text,
         }
 

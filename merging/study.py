@@ -30,7 +30,7 @@ from merging import finetune, manifest
 from merging.checkpoints.storage import put_whole
 from merging.engine import hosts
 from merging.engine.vectors import task_vectors_of
-from merging.evaluation.collect import Result, put_scores
+from merging.evaluation.collect import Result, cut, put_scores
 from merging.evaluation.evaluator import Evaluator, Options
 from merging.evaluation.examples import Task
 from merging.finetune import Mixture
@@ -429,15 +429,34 @@ Progress = Callable[[str, int, int, str], None]
 
 @dataclasses.dataclass
 class Seconds:
-    """Where the time of a study goes."""
+    """Where the time of a study goes: training steps, merges and forward passes, and what is around them.
 
+    Attributes:
+      steps, train: training steps, and the rest of training: compiling, reading, checkpoints.
+      read: of checkpoints.
+      tasks: examples read and made into tokens.
+      merge: of merges, from disk to disk where they are streamed.
+      vectors: of comparing task vectors.
+      forward: of evaluations, compiling them included.
+      tune, evaluate: the rest of choosing settings and of evaluating.
+      write: of scores.
+    """
+
+    steps: float = 0.0
+    merge: float = 0.0
+    forward: float = 0.0
     train: float = 0.0
     read: float = 0.0
     tasks: float = 0.0
-    merge: float = 0.0
+    vectors: float = 0.0
     tune: float = 0.0
     evaluate: float = 0.0
     write: float = 0.0
+
+    @property
+    def work(self) -> float:
+        """What a study is for."""
+        return self.steps + self.merge + self.forward
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -460,7 +479,13 @@ class Report:
         parts = dataclasses.asdict(self.spent)
         parts["rest"] = self.seconds - sum(parts.values())
         told = ", ".join(f"{name} {value:.1f}" for name, value in parts.items())
-        return f"made       {made} in {self.seconds:.1f} s\nseconds    {told}"
+        lines = [f"made       {made} in {self.seconds:.1f} s", f"seconds    {told}"]
+        if self.seconds:
+            outside = 1 - self.spent.work / self.seconds
+            lines.append(
+                f"shares     {outside:.1%} of the time outside training steps, merges and forward passes"
+            )
+        return "\n".join(lines)
 
 
 def run(
@@ -610,6 +635,19 @@ class _Making:
             now = getattr(self.spent, part) + time.perf_counter() - started
             setattr(self.spent, part, now)
 
+    def _move(self, part: str, to: str, seconds: float) -> None:
+        """Counts seconds of a part as another's."""
+        for name, more in ((part, -seconds), (to, seconds)):
+            setattr(self.spent, name, getattr(self.spent, name) + more)
+
+    @contextlib.contextmanager
+    def _counted_forward(self, part: str, evaluator: Evaluator) -> Iterator[None]:
+        """As `_counted`, with the forward passes apart."""
+        before = evaluator.forward_seconds
+        with self._counted(part):
+            yield
+        self._move(part, "forward", evaluator.forward_seconds - before)
+
     # ---- training --------------------------------------------------------------------------------------------------
 
     def _train_bases(self, item: Item) -> None:
@@ -666,13 +704,14 @@ class _Making:
                 mesh=self.settings.mesh,
                 seed=self.settings.seed,
             )
-            finetune.run(
+            report = finetune.run(
                 finetune.plan(settings, made, is_one=not categories),
                 config_text=self.config_text,
                 log=self.log,
                 write_metrics=self.write_metrics,
                 should_stop=self.should_stop,
             )
+        self._move("train", "steps", report.spent.steps)
 
     # ---- scores ----------------------------------------------------------------------------------------------------
 
@@ -720,7 +759,7 @@ class _Making:
     ) -> float:
         """What a chosen setting makes high."""
         evaluator = self._evaluator(config, is_tuning=True)
-        with self._counted("tune"):
+        with self._counted_forward("tune", evaluator):
             results = evaluator(params, TUNED)
         return tuning.held_in_score(results, [self.plan.data.categories[c] for c in categories])
 
@@ -740,7 +779,7 @@ class _Making:
                 f"{size}/{base}: task vectors that don't lie in memory together are not compared"
             )
         elif not self.places.vectors(size, base).exists():
-            with self._counted("merge"):
+            with self._counted("vectors"):
                 self._write_vectors(models)
         # Checkpoints may be asked for behind the scores.
         is_scored = hosts.of_main([(i.folders[0] / manifest.MANIFEST).exists() for i in items])
@@ -751,7 +790,7 @@ class _Making:
         at_once = self.settings.models_at_once
         for start in range(0, len(items), at_once):
             group = items[start : start + at_once]
-            params, identities, merged_in = [], [], []
+            params, identities, got_in = [], [], []
             for item in group:
                 # First, since a setting may have to be chosen, which is not the merge's time.
                 of_params = models.identity(item.name)
@@ -763,22 +802,31 @@ class _Making:
                         **of_params,
                     }
                 )
-                begun = time.perf_counter()
+                begun, merged = time.perf_counter(), self.spent.merge
                 params.append(models.params(item.name))
-                merged_in.append(time.perf_counter() - begun)
+                merged = self.spent.merge - merged
+                got_in.append(
+                    {
+                        "load_seconds": round(time.perf_counter() - begun - merged, 4),
+                        "merge_seconds": round(merged, 4),
+                    }
+                )
             ids = [item.label for item in group]
-            begun = time.perf_counter()
-            with self._counted("evaluate"):
+            begun, forward = time.perf_counter(), evaluator.forward_seconds
+            with self._counted_forward("evaluate", evaluator):
                 results = _evaluated(evaluator, params, ids, at_once)
             evaluated_in = (time.perf_counter() - begun) / len(group)
+            forward = (evaluator.forward_seconds - forward) / len(group)
             with self._counted("write"):
                 for item, identity, seconds, of_model in zip(
-                    group, identities, merged_in, results, strict=True
+                    group, identities, got_in, results, strict=True
                 ):
                     record = {
                         **manifest.provenance(identity),
-                        "load_or_merge_seconds": round(seconds, 4),
+                        **seconds,
                         "evaluate_seconds": round(evaluated_in, 4),
+                        "forward_seconds": round(forward, 4),
+                        "cut": cut(of_model),
                         "config": self.config_text,
                     }
                     self._write_scores(item.folders[0], of_model, record)

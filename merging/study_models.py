@@ -149,18 +149,18 @@ class StudyModels:
     ) -> Any:
         """The merge of some categories' experts; `output`: where it is to be kept."""
         if self.streams or output is not None:
-            with self._counted("merge"):
-                folders = [self._expert(category, steps) for category in categories]
-                return self._streamed(method, folders, seed=seed, output=output)
+            folders = [self._expert(category, steps) for category in categories]
+            return self._streamed(method, folders, seed=seed, output=output)
         experts = self.experts(steps)
         with self._counted("merge"):
-            return merge_params(
+            merged = merge_params(
                 self.base,
                 [experts[category] for category in categories],
                 method,
                 seed=seed,
                 stacked=model_file.stacked_of(self.config),
             )
+            return jax.block_until_ready(merged)
 
     @functools.cache  # noqa: B019
     def _tuned(self, name: str, num_experts: int) -> Method:
@@ -212,7 +212,7 @@ class StudyModels:
             # Two workers may make the same merge at the same time, and one that was killed leaves its folder.
             output = self.plan.places.root / "streamed" / hosts.of_main(uuid.uuid4().hex)
         while True:
-            with contextlib.suppress(manifest.Busy):
+            with contextlib.suppress(manifest.Busy), self._counted("merge"):
                 merge_checkpoints(
                     base=self.folder,
                     experts=list(experts),
@@ -223,7 +223,7 @@ class StudyModels:
                 break
             self._log(f"waiting for {output}, which another worker is writing")
             time.sleep(SECONDS_BETWEEN_LOOKS)
-        params = read_params(output, self.config, self._mesh)
+        params = self._read(output)
         jax.block_until_ready(params)
         hosts.wait_for_all("a streamed merge is read")
         if is_passing and hosts.is_main():

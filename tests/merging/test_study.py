@@ -248,8 +248,29 @@ def test_experts_that_do_not_fit_are_streamed_to_the_same_scores(
 def small(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """One base, two experts, their average, and no multitask model."""
     output = tmp_path_factory.mktemp("small") / "study"
-    assert run(output, options=SMALL).made == {"bases": 1, "experts": 2, "cells": 4}
+    report = run(output, options=SMALL)
+    assert report.made == {"bases": 1, "experts": 2, "cells": 4}
+    parts = dataclasses.astuple(report.spent)
+    assert min(parts) >= 0 and 0 < report.spent.work <= sum(parts) <= report.seconds
     return output
+
+
+@pytest.mark.slow
+def test_what_was_cut_and_where_the_time_went_is_kept(small: pathlib.Path):
+    found = read_results(small)
+    assert found.is_there.all() and not found.study.has_multitask
+    counts = {task.name: {"examples": 0, "inputs": 0, "targets": 0} for task in TASKS}
+    for task in TASKS:
+        counts[task.name]["examples"] += len(task.examples)
+        counts[task.name]["inputs"] += task.cut_inputs
+        counts[task.name]["targets"] += task.cut_targets
+    for name in ("base", "averaging_n2_s0"):
+        how = found.manifests[f"scores/tiny/pretrained/{name}"]
+        assert how["cut"] == counts
+        assert (how["merge_seconds"] > 0) == (name != "base")
+        assert 0 < how["forward_seconds"] <= how["evaluate_seconds"]
+    trained = found.manifests["models/tiny/pretrained/experts_0"]
+    assert 0 < trained["step_seconds"] < trained["seconds"]
 
 
 @pytest.mark.slow
@@ -372,6 +393,13 @@ def test_task_vectors_are_compared(whole: pathlib.Path):
     both = (flat[0] != 0) & (flat[1] != 0)
     conflict = np.mean(flat[0][both] * flat[1][both] < 0)
     np.testing.assert_allclose(found["sign_conflict"], [[0, conflict], [conflict, 0]], atol=1e-6)
+
+
+def test_the_share_of_time_outside_of_work_is_told():
+    spent = study.Seconds(steps=4.0, merge=1.0, forward=3.5, read=1.0)
+    told = study.Report(made={"cells": 4}, seconds=10.0, spent=spent).describe()
+    assert "rest 0.5" in told
+    assert told.endswith("15.0% of the time outside training steps, merges and forward passes")
 
 
 def test_a_phase_names_what_an_earlier_one_lacks(tmp_path: pathlib.Path):

@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 
-from merging.grid import bootstrap, results
+from merging.grid import bootstrap, results, summaries
 from merging.grid.relative import Grid, Relative, grid, relative
 from merging.report import report
 from tests.merging.grid.synthetic import IT, World, write_scores
@@ -211,3 +211,30 @@ def test_an_interval_is_quantiles_of_the_draws():
     assert bootstrap.estimate(np.concatenate([[-5.0], np.arange(101.0)])).low == -5.0
     half = np.where(np.arange(102) % 3 == 0, draws, np.nan)
     assert np.isnan(bootstrap.estimate(half).low)
+
+
+def test_times_and_cuts_are_those_of_the_manifests(study: pathlib.Path):
+    assert summaries.shares(results.read(study)) == summaries.cut_inputs(results.read(study)) == ""
+    of_model = {"load_seconds": 1.0, "evaluate_seconds": 8.0, "forward_seconds": 6.0}
+    cut = {
+        "a1_x": {"examples": 50, "inputs": 10, "targets": 0},
+        "h1": {"examples": 150, "inputs": 0, "targets": 0},
+    }
+    made = {
+        "scores/xs/pretrained/base": {**of_model, "merge_seconds": 0.0, "cut": cut},
+        "scores/xs/pretrained/averaging_n2_s0": {**of_model, "merge_seconds": 1.0, "cut": cut},
+        "models/xs/pretrained/experts_0": {"seconds": 81.0, "step_seconds": 67.0},
+        "models/xs/pretrained/experts_0/A": {"seconds": 40.0, "step_seconds": 30.0},
+    }
+    for place, found in made.items():
+        (study / place).mkdir(parents=True, exist_ok=True)
+        (study / place / "manifest.json").write_text(json.dumps(found))
+    found = results.read(study)
+    # 6 + 7 + 67 of 9 + 10 + 81; of the cell's 10 seconds 1.
+    assert summaries.shares(found) == (
+        "Of the outputs that tell it, 20.0% of the time passed outside training steps, merges and forward passes; merging took"
+        " 10.0% of the time of a cell."
+    )
+    assert summaries.cut_inputs(found) == (
+        "Cut to the lengths that were set, of 200 examples: inputs of 5.0% (a1_x 20%); targets of 0.0%."
+    )
