@@ -165,10 +165,13 @@ def start(
 
 
 def end(code: int, joined: Processes) -> NoReturn:
-    """Ends this process. One that has failed does not wait for the others, which an ordinary exit does (jax 0.10.2)."""
+    """Ends this process. One that has failed does not wait for the others, which an ordinary exit does (jax 0.10.2).
+
+    Processes that were asked to stop all end: one that left earlier would be taken for one that has died.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
-    if code and joined.count > 1:
+    if code not in (0, exit_codes.PREEMPTED) and joined.count > 1:
         os._exit(code)
     sys.exit(code)
 

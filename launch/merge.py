@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from launch import command, devices, gin_config, progress
+from launch import command, devices, gin_config, preemption, progress
 
 if TYPE_CHECKING:  # the library brings jax, which --help does without
     from merging.merge import Report
@@ -82,7 +82,7 @@ def main(joined: devices.Processes) -> None:
             print("".join(f"# {values.mergekit_config}: {note}\n" for note in notes), end="")
     bindings += gin_config.GIN_BINDINGS.value
     resolved = configured(files, bindings, search_paths=gin_config.GIN_SEARCH_PATHS.value)
-    merge(resolved, is_dry_run=gin_config.DRY_RUN.value, is_shown=joined.index == 0)
+    merge(resolved, joined, is_dry_run=gin_config.DRY_RUN.value)
 
 
 def shorthand(
@@ -130,11 +130,14 @@ def configured(
 
 
 def merge(
-    resolved: gin_config.Resolved, *, is_dry_run: bool = False, is_shown: bool = True
+    resolved: gin_config.Resolved, joined: devices.Processes, *, is_dry_run: bool = False
 ) -> Report | None:
     """Prints configuration and plan, merges, and prints the report, which it returns; None after a dry run."""
     from merging import merge as stage
+    from merging.interrupted import Interrupted
 
+    is_shown = joined.index == 0
+    should_stop = preemption.should_stop_soon(joined)
     planned = stage.plan(stage.Settings(**resolved.arguments))
     if is_shown:
         print(f"{resolved.text}\n{planned.describe()}\n", flush=True)
@@ -143,7 +146,16 @@ def merge(
         return None
     gc.freeze()  # what imports made stays: a collection that walks it takes as long as ten pieces
     with progress.Progress(is_shown=is_shown) as shown:
-        report = stage.run(planned, config_text=resolved.text, progress=shown, log=shown.log)
+        try:
+            report = stage.run(
+                planned,
+                config_text=resolved.text,
+                progress=shown,
+                log=shown.log,
+                should_stop=should_stop,
+            )
+        except Interrupted as stopped:
+            preemption.end(stopped, shown.log, joined)
     if is_shown:
         print(report.describe(), flush=True)
     return report

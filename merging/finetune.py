@@ -109,7 +109,7 @@ def run(
       should_stop: (steps taken) -> whether to save the state and stop; the same on all hosts.
       trace: told (steps taken) before each step begins, for who takes a profile.
 
-    Raises loop.TrainingError for a loss that is not finite, loop.Interrupted when asked to stop, ValueError and OSError
+    Raises loop.TrainingError for a loss that is not finite, interrupted.Interrupted when asked to stop, ValueError and OSError
     for what is wrong on disk.
     """
     return _Run(planned, config_text, log, write_metrics, evaluate, should_stop, trace).run()
