@@ -17,7 +17,7 @@ What a YAML file of mergekit says, as far as the methods are here (merging/merge
   python -m launch.merge --mergekit_config=merge.yml --output=/data/merged
 
 The same command again returns at once where the output is done, and goes on where an earlier one was killed or failed.
---dry_run checks the inputs and prints the plan.
+--dry_run checks the inputs and prints the plan; with --gin_file=gin_configs/meshes/v5e-256.gin what it takes on that TPU, too.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from launch import command, devices, gin_config, preemption, progress
+from launch import command, devices, gin_config, merge_price, preemption, progress
 
 if TYPE_CHECKING:  # the library brings jax, which --help does without
     from merging.merge import Report
@@ -122,11 +122,19 @@ def configured(
 ) -> gin_config.Resolved:
     """What gin files and bindings say about a merge."""
     from merging.engine.plan import Settings
+    from merging.partitioning import MeshShape
 
     gin_config.register(Settings, name="merge")
+    gin_config.register(merge_price.On, name="price")
+    gin_config.register_values(MeshShape)
     gin_config.register_methods()
     gin_config.parse(files, bindings, search_paths=search_paths, either={"METHOD": "METHODS"})
     return gin_config.resolve(Settings, name="merge")
+
+
+def priced_on() -> merge_price.On:
+    """What the configuration says of a TPU to price the merge for."""
+    return merge_price.On(**gin_config.resolve(merge_price.On, name="price").arguments)
 
 
 def merge(
@@ -142,6 +150,9 @@ def merge(
     if is_shown:
         print(f"{resolved.text}\n{planned.describe()}\n", flush=True)
     if is_dry_run:
+        on = priced_on()
+        if is_shown and on.mesh is not None:
+            print(merge_price.described(merge_price.price(planned, on), on), flush=True)
         planned.close()
         return None
     gc.freeze()  # what imports made stays: a collection that walks it takes as long as ten pieces
