@@ -157,7 +157,7 @@ def study(
 ) -> None:
     """Prints the study, makes what is missing, and says where the report is."""
     from merging import study as stage
-    from merging.training.loop import Interrupted
+    from merging.interrupted import Interrupted
 
     command.quiet_libraries()
     is_shown = joined.index == 0
@@ -186,8 +186,7 @@ def study(
         if is_reported:
             stage.check_done(planned)
     except Interrupted as stopped:
-        shown.log(f"{stopped}: its state is saved, the same command goes on from there")
-        devices.end(exit_codes.PREEMPTED, joined)
+        preemption.end(stopped, shown.log, joined)
     except stage.InputMissing as missing:
         shown.log(f"Error: {missing}")
         devices.end(exit_codes.INPUT_MISSING, joined)

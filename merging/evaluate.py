@@ -21,6 +21,7 @@ from merging.engine import hosts
 from merging.evaluation.collect import SCORES, Result, Score, ScoresFile, write_examples
 from merging.evaluation.evaluator import Evaluator, Options
 from merging.evaluation.examples import Task
+from merging.interrupted import Interrupted, ShouldStop, never
 from merging.models import model_file
 from merging.models.config import DecoderConfig
 from merging.models.families import is_prefix_lm, model_of
@@ -207,6 +208,7 @@ def run(
     config_text: str = "",
     progress: Progress = lambda what, done, total: None,
     log: Callable[[str], None] = lambda text: None,
+    should_stop: ShouldStop = never,
 ) -> Report:
     """Evaluates what is missing.
 
@@ -214,13 +216,16 @@ def run(
       config_text: goes into the manifest.
       progress: hears of examples.
       log: hears of what is not as usual.
+      should_stop: asked between batches, the same on all hosts.
+
+    Raises Interrupted where asked to stop: what was saved by then is gone on with.
     """
     settings = planned.settings
     output = epath.Path(settings.output_dir)
     if manifest.is_done(output, planned.identity):
         return Report(scores=ScoresFile(output / SCORES).scores, was_done=True)
     with contextlib.closing(manifest.Staging(output)) as staging:
-        return _run(planned, staging, config_text, progress, log)
+        return _run(planned, staging, config_text, progress, log, should_stop)
 
 
 def _run(
@@ -229,6 +234,7 @@ def _run(
     config_text: str,
     progress: Progress,
     log: Callable[[str], None],
+    should_stop: ShouldStop,
 ) -> Report:
     settings = planned.settings
     started = time.monotonic()
@@ -254,14 +260,12 @@ def _run(
         params = read_params(path, config, mesh, params_path=settings.params_path)
         done = total - sum(len(task.examples) for task in missing)
         for part in _parts(evaluator, missing):
+            if should_stop():
+                raise Interrupted(f"stopped at {model_id}, {done:,} of {total:,} examples")
             before = done
-            results = evaluator(
-                params,
-                model_id,
-                tasks=part,
-                progress=functools.partial(_told, progress, model_id, before, total),
-            )
             done += sum(len(task.examples) for task in part)
+            told = functools.partial(_told, progress, should_stop, model_id, before, done, total)
+            results = evaluator(params, model_id, tasks=part, progress=told)
             examples += done - before
             ties += sum(each.ties for each in results)
             if is_main:
@@ -277,8 +281,19 @@ def _run(
     return Report(scores=scores, ties=ties, examples=examples, seconds=time.monotonic() - started)
 
 
-def _told(progress: Progress, model_id: str, before: int, total: int, examples: int) -> None:
+def _told(
+    progress: Progress,
+    should_stop: ShouldStop,
+    model_id: str,
+    before: int,
+    after: int,
+    total: int,
+    examples: int,
+) -> None:
+    """Of a part, (before, after] of the examples: once it is whole it is saved first."""
     progress(model_id, before + examples, total)
+    if before + examples < after and should_stop():
+        raise Interrupted(f"stopped at {model_id}, {before:,} of {total:,} examples")
 
 
 def _write(

@@ -109,8 +109,8 @@ def run(
       should_stop: (steps taken) -> whether to save the state and stop; the same on all hosts.
       trace: told (steps taken) before each step begins, for who takes a profile.
 
-    Raises loop.TrainingError for a loss that is not finite, loop.Interrupted when asked to stop, manifest.Busy where another run is
-    at work on the output, ValueError and OSError for what is wrong on disk.
+    Raises loop.TrainingError for a loss that is not finite, interrupted.Interrupted when asked to stop, manifest.Busy where
+    another run is at work on the output, ValueError and OSError for what is wrong on disk.
     """
     return _Run(planned, config_text, log, write_metrics, evaluate, should_stop, trace).run()
 

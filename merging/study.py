@@ -46,6 +46,7 @@ from merging.grid.study_file import (
     Places,
     expert,
 )
+from merging.interrupted import Interrupted, ShouldStop, never
 from merging.methods.method import Method
 from merging.models import model_file
 from merging.models.config import DecoderConfig
@@ -53,7 +54,6 @@ from merging.models.families import is_prefix_lm, model_of
 from merging.partitioning import MeshShape, mesh_of
 from merging.study_identity import depends_on
 from merging.study_models import StudyModels
-from merging.training.loop import Interrupted
 from merging.training.optimizer import adamw
 from merging.training.settings import Optimizer
 
@@ -500,7 +500,7 @@ def run(
     write_metrics: Callable[[str, int, Mapping[str, float]], None] = lambda name, step, values: (
         None
     ),
-    should_stop: Callable[[int], bool] = lambda step: False,
+    should_stop: ShouldStop = never,
 ) -> Report:
     """Makes what is missing of some phases, in their order.
 
@@ -509,7 +509,8 @@ def run(
       worker, num_workers: of each phase the items worker, worker + num_workers, ... are made.
       config_text: goes into manifests.
       progress, log, write_metrics: are told.
-      should_stop: see `finetune.run`.
+      should_stop: asked after each step of training, before each group of models that are scored together, and between batches of
+        examples; the same on all hosts.
 
     Raises InputMissing where an earlier phase is not done, Interrupted when asked to stop, and what the stages raise.
     """
@@ -583,7 +584,7 @@ class _Making:
         config_text: str,
         log: Callable[[str], None],
         write_metrics: Callable[[str, int, Mapping[str, float]], None],
-        should_stop: Callable[[int], bool],
+        should_stop: ShouldStop,
     ):
         self.plan, self.settings, self.places = planned, planned.settings, planned.places
         self.config_text, self.log = config_text, log
@@ -614,14 +615,11 @@ class _Making:
     def _made_after_all(self, item: Item, make: Callable[[Item], None]) -> bool:
         """Waits until another worker has made an item, or makes it where that one has stopped; whether it was made here."""
         self.log(f"waiting for {item.label}, which another worker is making")
-        looks = 0
         while not hosts.of_main(item.is_done):
             with contextlib.suppress(manifest.Busy):
                 make(item)
                 return True
-            looks += 1
-            if self.should_stop(looks):
-                raise Interrupted(0)
+            self._stop_if_asked()
             time.sleep(SECONDS_BETWEEN_LOOKS)
         return False
 
@@ -709,7 +707,7 @@ class _Making:
                 config_text=self.config_text,
                 log=self.log,
                 write_metrics=self.write_metrics,
-                should_stop=self.should_stop,
+                should_stop=lambda step: self.should_stop(),
             )
         self._move("train", "steps", report.spent.steps)
 
@@ -760,7 +758,7 @@ class _Making:
         """What a chosen setting makes high."""
         evaluator = self._evaluator(config, is_tuning=True)
         with self._counted_forward("tune", evaluator):
-            results = evaluator(params, TUNED)
+            results = evaluator(params, TUNED, progress=self._between_batches(evaluator, 1))
         return tuning.held_in_score(results, [self.plan.data.categories[c] for c in categories])
 
     def _judged_by(self, tasks: Mapping[str, Any]) -> dict[str, Any]:
@@ -789,6 +787,7 @@ class _Making:
         items = [item for item, there in zip(items, is_scored, strict=True) if not there]
         at_once = self.settings.models_at_once
         for start in range(0, len(items), at_once):
+            self._stop_if_asked()
             group = items[start : start + at_once]
             params, identities, got_in = [], [], []
             for item in group:
@@ -814,7 +813,8 @@ class _Making:
             ids = [item.label for item in group]
             begun, forward = time.perf_counter(), evaluator.forward_seconds
             with self._counted_forward("evaluate", evaluator):
-                results = _evaluated(evaluator, params, ids, at_once)
+                progress = self._between_batches(evaluator, at_once)
+                results = _evaluated(evaluator, params, ids, at_once, progress)
             evaluated_in = (time.perf_counter() - begun) / len(group)
             forward = (evaluator.forward_seconds - forward) / len(group)
             with self._counted("write"):
@@ -831,6 +831,15 @@ class _Making:
                     }
                     self._write_scores(item.folders[0], of_model, record)
             yield from group
+
+    def _stop_if_asked(self) -> None:
+        if self.should_stop():
+            raise Interrupted("stopped while models were scored")
+
+    def _between_batches(self, evaluator: Evaluator, models: int) -> Callable[[int], None]:
+        """What an evaluator tells of examples; when all are done, the scores are written first."""
+        total = models * sum(len(task.examples) for task in evaluator.tasks)
+        return lambda examples: self._stop_if_asked() if examples < total else None
 
     def _write_scores(
         self, folder: epath.Path, results: Sequence[Result], record: Mapping[str, Any]
@@ -855,12 +864,17 @@ class _Making:
 
 
 def _evaluated(
-    evaluator: Evaluator, params: Sequence[Any], ids: Sequence[str], at_once: int
+    evaluator: Evaluator,
+    params: Sequence[Any],
+    ids: Sequence[str],
+    at_once: int,
+    progress: Callable[[int], None],
 ) -> list[list[Result]]:
     """The results of each model. Of several by one step, a last group is filled up with copies: nothing is compiled for it."""
     if at_once == 1:
-        return [evaluator(params[0], ids[0])]
+        return [evaluator(params[0], ids[0], progress=progress)]
     missing = at_once - len(ids)
     filled = [*params, *params[-1:] * missing]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *filled)
-    return evaluator.many(stacked, [*ids, *ids[-1:] * missing])[: len(ids)]
+    filled_ids = [*ids, *ids[-1:] * missing]
+    return evaluator.many(stacked, filled_ids, progress=progress)[: len(ids)]

@@ -18,11 +18,12 @@ import pytest
 from launch.pod.local import run_local
 from merging import finetune, manifest
 from merging.checkpoints.format import CheckpointError
+from merging.interrupted import Interrupted
 from merging.models import model_file
 from merging.models.parameters import read_params
 from merging.partitioning import MeshShape
 from merging.training import planning
-from merging.training.loop import Interrupted, TrainingError
+from merging.training.loop import TrainingError
 from merging.training.optimizer import Averaging, adamw
 from tests.merging.training import runs
 

@@ -26,6 +26,7 @@ from merging.grid import study_file, tuning
 from merging.grid.relative import relative
 from merging.grid.results import read as read_results
 from merging.grid.study_file import Category, Dataset
+from merging.interrupted import Interrupted
 from merging.manifest import OutputError
 from merging.methods.averaging import Averaging
 from merging.methods.dare_ties import DareTies
@@ -106,7 +107,7 @@ def run(output: pathlib.Path, *, options: dict[str, Any] | None = None, **argume
 
 
 def models_of(planned: study.Plan, base: str) -> StudyModels:
-    making = study._Making(planned, "", print, lambda *args: None, lambda step: False)
+    making = study._Making(planned, "", print, lambda *args: None, lambda: False)
     return making._models_of("tiny", base)
 
 
@@ -193,9 +194,17 @@ def test_ended_anywhere_it_goes_on_to_the_same_scores(whole: pathlib.Path, tmp_p
     for number in (3, 17):
         with pytest.raises(Ended):
             run(output, progress=end_after(number))
+    asked = []
+
+    def ask() -> bool:  # before each model
+        asked.append(None)
+        return len(asked) == 3
+
+    with pytest.raises(Interrupted):
+        run(output, should_stop=ask)
     # A model whose scores are there and whose manifest is not was ended between the two.
     (output / "scores/tiny/pretrained/base" / manifest.MANIFEST).unlink()
-    assert run(output).made["cells"] == 28 - 17 + 1
+    assert run(output).made["cells"] == 28 - 17 - 2 + 1
     assert scores(output) == scores(whole)
 
 
