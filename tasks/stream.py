@@ -121,8 +121,8 @@ def _shuffled(task: seqio.Task, split: str, seed: int) -> tf.data.Dataset:
     )
 
 
-def refuse_held_out(mixture: str, names: tuple[str, ...]) -> None:
-    """Raises ValueError if something to be trained on holds a held-out dataset."""
+def refuse_held_out(mixture: str, names: tuple[str, ...], *, use: str = "trained on") -> None:
+    """Raises ValueError if something to be trained on, or chosen by, holds a held-out dataset."""
     infos = registry.task_infos()
     held_out = {}
     for name in names:
@@ -131,6 +131,6 @@ def refuse_held_out(mixture: str, names: tuple[str, ...]) -> None:
             held_out[found] = name
     if held_out:
         raise ValueError(
-            f"{mixture} can't be trained on: it holds {', '.join(held_out)}, held out to judge by (as {', '.join(held_out.values())})."
-            f" Train on {catalog.HELD_IN} or one of its categories."
+            f"{mixture} can't be {use}: it holds {', '.join(held_out)}, held out to judge by (as {', '.join(held_out.values())})."
+            f" Take {catalog.HELD_IN} or one of its categories."
         )
