@@ -23,6 +23,10 @@ from tasks.packing import Lengths, Tokens, truncate
 BATCH = 64
 
 
+class NoExamples(ValueError):
+    """A mixture that gives nothing in a split."""
+
+
 class Stream:
     """Examples of a mixture as tokens.
 
@@ -35,7 +39,8 @@ class Stream:
       rate_cap: see `mixing`.
 
     Raises:
-      ValueError: for an unknown mixture, a split that it lacks, or a held-out dataset in what is trained on.
+      ValueError: for an unknown mixture, a split that it lacks, or a held-out dataset in what is trained on; NoExamples for
+        a split without any.
     """
 
     def __init__(
@@ -56,6 +61,8 @@ class Stream:
         self.tasks = [task for task in map(seqio.TaskRegistry.get, names) if split in task.splits]
         if not self.tasks:
             raise ValueError(f"no task of {mixture} has a split {split!r}")
+        if not len(self):
+            raise NoExamples(f"{mixture} has no {split} example")
 
     @functools.cached_property
     def counts(self) -> np.ndarray:
