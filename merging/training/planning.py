@@ -235,6 +235,13 @@ def _check_model(settings: Settings, config: DecoderConfig) -> None:
     """What is known of the settings once the model is."""
     if settings.format == "safetensors" and isinstance(config, PalmConfig):
         raise ValueError("FORMAT is 'safetensors', and Hugging Face has no PaLM: choose 'orbax'")
+    initial = settings.initial_checkpoint_path
+    if settings.format == "safetensors":
+        if initial is None or not (epath.Path(initial) / "config.json").exists():
+            raise ValueError(
+                "FORMAT is 'safetensors', and its config.json and tokenizer are those of INITIAL_CHECKPOINT_PATH, which"
+                f" {'is None' if initial is None else f'has none ({initial})'}: start from a Hugging Face folder, or choose 'orbax'"
+            )
     names, patterns = of_leaves(abstract_params(model_of(config))), settings.frozen
     unused = [p for p in patterns if not any(is_like(name, [p]) for name in names)]
     if unused:
