@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import pathlib
 import shutil
@@ -14,6 +15,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from orbax.checkpoint._src.serialization import serialization
 
 from launch.pod.local import run_local
 from merging import finetune, manifest
@@ -467,6 +469,39 @@ def test_a_full_disk_is_refused(tmp_path: pathlib.Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(manifest.OutputError, match="1,000 free"):
         finetune.plan(runs.settings(tmp_path / "out"), [runs.mixture()])
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_while_a_state_is_saved(
+    whole: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Saved behind the run's back: told when the next one is due, and what is on disk is gone on from."""
+    settings: dict[str, Any] = {"checkpoint_every": 4, "validate_every": 6}
+    at = []
+    write = serialization.async_serialize_from_host
+
+    async def full(*arguments: Any, **more: Any) -> None:
+        if at and at[-1] >= 7:  # as tensorstore tells of a full tmpfs
+            raise ValueError(
+                "RESOURCE_EXHAUSTED: Failed to write 889305 bytes to file 4: No space left on device"
+            )
+        await write(*arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(serialization, "async_serialize_from_host", full)
+        with pytest.raises(OSError, match="the one of step 4 is kept.*No space left") as told:
+            runs.run(
+                tmp_path / "out",
+                write_metrics=lambda name, step, values: at.append(step),
+                **settings,
+            )
+    assert told.value.errno == errno.ENOSPC
+    assert told.value.filename == str(tmp_path / "out.partial/checkpoints/0")
+    assert at[-1] > 8 and not (tmp_path / "out").exists()
+    said: list[str] = []
+    runs.run(tmp_path / "out", log=said.append, **settings)
+    assert said == ["going on from step 4 of 12"]
+    same_bits(tmp_path / "out", whole)
 
 
 def test_optimizers_are_known_by_what_they_do():
