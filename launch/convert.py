@@ -37,7 +37,9 @@ def define_flags() -> None:
     """Not at import, since other commands have flags of these names."""
     flags.DEFINE_string("input", None, "Folder of the checkpoint; short for --gin.INPUT.")
     flags.DEFINE_string(
-        "format", None, "safetensors; the input's if not given; short for --gin.FORMAT."
+        "format",
+        None,
+        "safetensors, orbax, t5x or t5x_orbax; the input's if not given; short for --gin.FORMAT.",
     )
     flags.DEFINE_string(
         "layout",

@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 
 from merging import manifest
-from merging.checkpoints import open_checkpoint, open_writer
+from merging.checkpoints import check_writable, open_checkpoint, open_writer
 from merging.checkpoints.format import LeafSpec, Reader, Writer
 from merging.checkpoints.huggingface import read_config
 from merging.checkpoints.known_layouts import named_layout
@@ -28,7 +28,7 @@ from merging.engine import journal
 from merging.engine.journal import Journal
 from merging.engine.output import Outputs
 from merging.engine.pieces import Piece, copied_tensor, piece_limit, pieces_of
-from merging.engine.plan import OUTPUT_DTYPES, check_format, size_text, stored_as
+from merging.engine.plan import OUTPUT_DTYPES, check_format, size_text, stored_as, told_beside
 from merging.engine.resources import PeakResident
 from merging.engine.stream import to_float32
 from merging.engine.workers import work_on
@@ -37,6 +37,9 @@ from merging.models.model_file import ModelFile
 
 # Nothing is computed, so pieces are larger than a merge's: fewer calls, and longer runs where leaves are transposed.
 PIECE_ELEMENTS = 1 << 22
+
+# Choices of OPTIMIZER_STATE, and what writers call them: the input is what the output is like, as the base is to a merge.
+_KEPT = {"drop": "drop", "input": "base"}
 
 Progress = Callable[[str, int, int], None]  # (phase, bytes done, bytes in all)
 
@@ -52,6 +55,7 @@ class Settings:
       layout: a Layout, or a name of `known_layouts.LAYOUTS` with options, such as "stacked(axis=1)"; None keeps the
         input's.
       params_path: where the parameters lie in a train state.
+      optimizer_state: "drop", or "input" to write what the input's train state holds beside its parameters, as it is.
       output_dtype: float32, bfloat16 or float16 for float leaves; None keeps the type of each.
       memory_budget_bytes: for the buffers of this process.
       shard_bytes: most bytes of data in one output file, for formats that have files of several leaves.
@@ -62,6 +66,7 @@ class Settings:
     format: str | None = None
     layout: str | Layout | None = None
     params_path: str | None = None
+    optimizer_state: str = "drop"
     output_dtype: str | None = None
     memory_budget_bytes: int = 1 << 30
     shard_bytes: int = 5_000_000_000
@@ -74,11 +79,13 @@ class Plan:
     Attributes:
       settings: as they were given.
       reader: open, gives leaves in the output's layout.
+      stored: what it reads, in the input's layout.
       folder: of the input, whose config and tokenizer go along; None where it has none.
       model: what the input's model.json says, which goes along; None where it has none.
       format: of the output.
       layout: name of the layout that is applied, or None.
       specs: leaves of the output, in storage order.
+      beside: what is written beside them, by names from the root of the output's tree.
       limit: elements of the largest piece.
       workers: threads that read.
       is_done: the output is there, made from this input with these settings.
@@ -86,12 +93,14 @@ class Plan:
 
     settings: Settings
     reader: Reader
+    stored: Reader
     folder: epath.Path | None
     model: ModelFile | None
     output: epath.Path
     format: str
     layout: str | None
     specs: Mapping[str, LeafSpec]
+    beside: Mapping[str, LeafSpec]
     limit: int
     workers: int
     is_done: bool
@@ -106,7 +115,7 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
-        """Of the output."""
+        """Of the output's leaves, without what is beside them."""
         return sum(spec.nbytes for spec in self.specs.values())
 
     def close(self) -> None:
@@ -117,6 +126,7 @@ class Plan:
         found = self.reader.specs()
         stacked = sum(spec.stacked is not None for spec in found.values())
         read = sum(spec.nbytes for spec in found.values())
+        kept = self.beside if self.layout is None else {}  # a layout knows the parameters alone
         lines = [
             f"input      {self.settings.input}",
             f"output     {self.output}",
@@ -124,6 +134,7 @@ class Plan:
             f"layout     {self.layout or 'as it is'}: {len(self.specs)} leaves, {stacked} stacked",
             f"reads      {size_text(read)}",
             f"writes     {size_text(self.nbytes)} as {self.settings.output_dtype or 'the type of each leaf'}",
+            *told_beside(self.stored, kept, self.settings.optimizer_state),
             f"memory     {size_text(self.settings.memory_budget_bytes)}: pieces of {self.limit:,} elements in"
             f" {self.workers} workers",
         ]
@@ -191,11 +202,21 @@ def plan(settings: Settings) -> Plan:
         raise ValueError(
             f"OUTPUT_DTYPE is {settings.output_dtype!r}: choose one of {', '.join(OUTPUT_DTYPES)}"
         )
+    if settings.optimizer_state not in _KEPT:
+        raise ValueError(
+            f"OPTIMIZER_STATE is {settings.optimizer_state!r}: choose 'drop' or 'input'"
+        )
+    if settings.optimizer_state != "drop" and settings.layout is not None:
+        raise ValueError(
+            "OPTIMIZER_STATE='input' and LAYOUT: the optimizer's arrays would stay in the layout that the parameters had;"
+            " use OPTIMIZER_STATE='drop', or no LAYOUT"
+        )
     output = epath.Path(settings.output_dir)
     manifest.check_apart(output, [settings.input])
     with contextlib.ExitStack() as opened:
         opening = open_checkpoint(settings.input, params_path=settings.params_path)
         reader: Reader = opened.enter_context(contextlib.closing(opening))
+        stored = reader
         path = epath.Path(settings.input)
         folder = path if path.is_dir() else None
         described = None if folder is None else model_file.read_if_there(folder)
@@ -209,27 +230,40 @@ def plan(settings: Settings) -> Plan:
             reader = LayoutReader(reader, layout, buffer_bytes=budget // 4)
             budget -= budget // 4
         specs = stored_as(settings.output_dtype, reader.specs())
+        beside = check_writable(
+            output_format,
+            specs,
+            like=reader,
+            carry_from=folder,
+            shard_bytes=settings.shard_bytes,
+            dtype=settings.output_dtype,
+            optimizer_state=_KEPT[settings.optimizer_state],
+        )
         identity = {
             "stage": "convert",
             "input": reader.digest(),
             "format": output_format,
             "params_path": settings.params_path,
+            "optimizer_state": settings.optimizer_state,
             "output_dtype": settings.output_dtype,
             "shard_bytes": settings.shard_bytes,
         }
         is_done = manifest.is_done(output, identity)
         if not is_done:
-            manifest.check_free_space(output, sum(spec.nbytes for spec in specs.values()))
+            written = [*specs.values(), *beside.values()]
+            manifest.check_free_space(output, sum(spec.nbytes for spec in written))
         workers = max(2, os.cpu_count() or 1)
         planned = Plan(
             settings=settings,
             reader=reader,
+            stored=stored,
             folder=folder,
             model=described,
             output=output,
             format=output_format,
             layout=None if layout is None else layout.name,
             specs=specs,
+            beside=beside,
             limit=piece_limit(
                 budget_bytes=budget,
                 # In each worker what is read, what is rearranged and what is written.
@@ -333,7 +367,7 @@ def _write(
             stacked=planned.stacked,
         )
     return {
-        "checksums": outputs.each[""].checksums,
+        **outputs.each[""].recorded(),
         "pieces": outputs.pieces,
         "pieces_resumed": outputs.kept,
     }
@@ -350,6 +384,7 @@ def _writer(planned: Plan, folder: epath.Path, *, is_resumed: bool) -> Iterator[
         carry_from=planned.folder,
         shard_bytes=planned.settings.shard_bytes,
         dtype=planned.settings.output_dtype,
+        optimizer_state=_KEPT[planned.settings.optimizer_state],
         is_resumed=is_resumed,
     )
     try:

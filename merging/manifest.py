@@ -259,6 +259,8 @@ def read(folder: epath.PathLike) -> dict[str, Any] | None:
         for key in _OBJECTS:
             if not isinstance(found.get(key, {}), dict):
                 raise ValueError(f"{key} is {show(found[key])}, wanted an object")
+        if not isinstance(found.get("params_path"), str | None):
+            raise ValueError(f"params_path is {show(found['params_path'])}, wanted a string")
         return found
     except (ValueError, OSError) as error:
         raise OutputError(f"{path} can't be read: {error}") from error

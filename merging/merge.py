@@ -348,7 +348,7 @@ class _Run:
     ) -> None:
         """Gathers what all hosts know, writes statistics and manifests, and lets the output appear."""
         plan = self.plan
-        checksums = hosts.gather_json({name: each.checksums for name, each in outputs.each.items()})
+        recorded = hosts.gather_json({name: each.recorded() for name, each in outputs.each.items()})
         counts = hosts.combine(np.array([self.pieces, self.pieces_resumed], np.int64))
         statistics = hosts.gather_json(
             {name: s.to_vector().tolist() for name, s in statistics.items()}
@@ -376,8 +376,10 @@ class _Run:
                         dtype=plan.settings.output_dtype,
                         stacked=plan.stacked.patterns,
                     )
-                record = {**shared, "method": repr(method)}
-                record["checksums"] = {k: v for host in checksums for k, v in host[name].items()}
+                record = {**shared, "method": repr(method), **recorded[0][name]}
+                record["checksums"] = {
+                    k: v for host in recorded for k, v in host[name]["checksums"].items()
+                }
                 if name:
                     manifest.write(folder, record)
                 else:

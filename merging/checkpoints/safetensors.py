@@ -195,6 +195,19 @@ def plan_shards(specs: Mapping[str, LeafSpec], shard_bytes: int) -> list[list[st
     return shards
 
 
+def check(
+    specs: Mapping[str, LeafSpec],
+    *,
+    shard_bytes: int,
+    carry_from: epath.PathLike | None = None,
+    config_dtype: str | None = None,
+) -> None:
+    """Raises what `Writer` raises before anything is written; arguments as there."""
+    for names in plan_shards(specs, shard_bytes):
+        build_header([specs[name] for name in names], _METADATA)
+    carried_files(carry_from, config_dtype)
+
+
 class Writer:
     """A checkpoint being written into a staging folder, which the caller renames when all is done. Thread-safe.
 
@@ -215,6 +228,9 @@ class Writer:
     Raises ValueError for a leaf that the format can't hold, CheckpointError for a config that can't
     be carried, both before anything is written. OSErrors name the file.
     """
+
+    params_path = None
+    checksums_beside: Mapping[str, Mapping[str, str]] = types.MappingProxyType({})
 
     def __init__(
         self,

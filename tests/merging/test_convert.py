@@ -145,6 +145,12 @@ def test_a_failure_leaves_no_output(
         ({"output_dtype": "int8"}, "choose one of float32"),
         ({"layout": "rolled"}, "known are stacked"),
         ({"params_path": "target"}, "has no tree in which PARAMS_PATH"),
+        ({"optimizer_state": "base"}, "choose 'drop' or 'input'"),
+        (
+            {"optimizer_state": "input", "layout": "stacked"},
+            "use OPTIMIZER_STATE='drop', or no LAYOUT",
+        ),
+        ({"optimizer_state": "input"}, "safetensors files hold parameters only"),
         ({"memory_budget_bytes": 100}, "too small to convert"),
         ({"layout": Layout(name="mine", rules=(Rule("a", "b"),))}, "no rule takes it"),
     ],
