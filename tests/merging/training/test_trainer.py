@@ -12,8 +12,12 @@ import pytest
 from merging import partitioning
 from merging.engine.collectives import Collective
 from merging.engine.compiled import figures
+from merging.models.families import model_of
 from merging.partitioning import MeshShape
 from merging.training.batch import Batch
+from merging.training.feed import Placement
+from merging.training.optimizer import Averaging
+from merging.training.programs import Work, model_programs
 from merging.training.trainer import Trainer, recipe
 from tests.merging.training import runs
 
@@ -56,6 +60,30 @@ def test_eight_experts_on_eight_devices_tell_one_another_their_metrics_alone():
     assert max(each.largest_bytes for each in found.values()) <= EXPERTS * 4, found
     for each in found.values():  # some metrics, and no more often than once
         assert each.nbytes <= 32 * EXPERTS * 4, found
+
+
+def test_what_is_compiled_for_pods_is_the_step_of_a_run():
+    """Of a run with all that changes a step, on the batch that its feed makes."""
+    mesh = MeshShape(fsdp=4, model=2).mesh()
+    options = {
+        "frozen": ("token_embedder/*",),
+        "averaging": Averaging(decay=0.5),
+        "clip_norm": 0.5,
+        "microbatches": 2,
+    }
+    settings = runs.settings(pathlib.Path("out"), learning_rate=0.0, **options)
+    run = Trainer(recipe(settings, runs.CONFIG, mesh, experts=None))
+    place = Placement(mesh, rows=runs.ROWS, length=runs.LENGTH)
+    batch = place([runs.rows(0, 0, runs.ROWS)])
+    seed = jax.ShapeDtypeStruct((), np.int32, sharding=partitioning.replicated(mesh))
+    with partitioning.use(mesh):
+        wanted = run.step.lower(run.abstract_state, batch, seed).as_text()
+    work = Work(
+        rows=runs.ROWS, length=runs.LENGTH, prompts=1, prompt_length=1, new_tokens=1, **options
+    )
+    model, optimizer = model_of(runs.CONFIG), settings.optimizer(0.0)
+    (program,) = model_programs(model, mesh, work, optimizer=optimizer, only=["train"])
+    assert program.lower().as_text() == wanted
 
 
 @pytest.mark.slow
