@@ -26,6 +26,7 @@ from launch import command, devices, gin_config, preemption
 from launch.mixtures import Mixtures, mixtures
 from launch.observers import Observers
 from launch.progress import Training
+from launch.validation import ValidationTasks, validation
 
 if TYPE_CHECKING:  # the library brings jax, which --help does without
     from merging.finetune import Report
@@ -47,13 +48,14 @@ def main(joined: devices.Processes) -> None:
 def configured(
     files: Sequence[str], bindings: Sequence[str], *, search_paths: Sequence[str] = (".",)
 ) -> gin_config.Resolved:
-    """What gin files and bindings say: `settings` of the stage, its `mixtures`, its `observers`, and arguments of `tasks`."""
+    """What gin files and bindings say: `settings` of the stage, its `mixtures`, `validation`, `observers`, arguments of `tasks`."""
     import tasks
     from merging.finetune import Settings
     from merging.training.optimizer import Averaging, adafactor, adamw
 
     gin_config.register(Settings, name="finetune")
     gin_config.register(Mixtures, name="mixtures")
+    gin_config.register(ValidationTasks, name="validation")
     gin_config.register(Observers, name="observers")
     gin_config.register(tasks.register, name="register")
     gin_config.register_models()
@@ -66,6 +68,8 @@ def configured(
         "tasks": gin_config.resolve(tasks.register, name="register").arguments,
         "mixtures": Mixtures(**gin_config.resolve(Mixtures, name="mixtures").arguments),
     }
+    by_tasks = gin_config.resolve(ValidationTasks, name="validation").arguments
+    arguments["validation"] = ValidationTasks(**by_tasks)
     observers = gin_config.resolve(Observers, name="observers").arguments
     arguments["observers"] = Observers(**observers)
     resolved = gin_config.resolve(Settings, name="finetune")
@@ -83,12 +87,10 @@ def finetune(
     command.quiet_libraries()
     settings, asked = resolved.arguments["settings"], resolved.arguments["mixtures"]
     is_shown = joined.index == 0
-    each = mixtures(
-        asked,
-        resolved.arguments["tasks"],
-        train_rows=settings.train_steps * settings.batch_size,
-    )
-    planned = stage.plan(settings, each, is_one=asked.names is None)
+    registered = resolved.arguments["tasks"]
+    by_tasks = validation(resolved.arguments["validation"], registered)
+    each = mixtures(asked, registered, train_rows=settings.train_steps * settings.batch_size)
+    planned = stage.plan(settings, each, is_one=asked.names is None, validation=by_tasks)
     if is_shown:
         print(f"{resolved.text}\n{planned.describe()}\n", flush=True)
     if is_dry_run:

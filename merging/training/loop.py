@@ -121,7 +121,8 @@ class Loop:
       schedule: when what is done.
       tokens_per_step: of all experts, padding included; for the speed.
       checkpoints: where states are saved; None: nowhere.
-      validate: state -> the validation's metrics by name, of which `validation/loss` is the one that is to be low.
+      validate: state -> the validation's metrics by name.
+      judge: of these -> the one number that is to be low; None: no validation is better than another.
       log: told (step, metrics by name) every `log_every` steps.
       should_stop: (steps taken) -> whether to save and stop; the same on all hosts.
       leaf_names: of the parameters, in their order.
@@ -139,6 +140,7 @@ class Loop:
         log: Callable[[int, Values], None],
         checkpoints: Checkpoints | None = None,
         validate: Callable[[TrainState], Values] | None = None,
+        judge: Callable[[Values], float] | None = None,
         should_stop: Callable[[int], bool] = lambda step: False,
         experts: Sequence[str] | None = None,
         trace: Callable[[int], None] = lambda step: None,
@@ -146,7 +148,8 @@ class Loop:
         self._step, self._schedule = step, schedule
         self.tokens_per_step = tokens_per_step
         self._leaf_names, self._experts = leaf_names, experts
-        self._log, self._validate, self._should_stop = log, validate, should_stop
+        self._log, self._should_stop = log, should_stop
+        self._validate, self._judge = validate, judge
         self._checkpoints, self._trace = checkpoints, trace
         self._pending: collections.deque[tuple[int, Any]] = collections.deque()
         self.seconds = Seconds()
@@ -252,11 +255,13 @@ class Loop:
             return "No checkpoint had been saved."
         return f"The last good checkpoint, of step {steps[-1]}, is kept."
 
-    def _validated(self, state: TrainState, progress: Progress) -> float:
+    def _validated(self, state: TrainState, progress: Progress) -> float | None:
         with self.seconds.of("validation"):
             values = self._validate(state)
         self._log(progress.step, values)
-        metric = float(np.mean(values["validation/loss"]))
+        if self._judge is None:
+            return None
+        metric = self._judge(values)
         if progress.best is None or metric < progress.best[0]:
             progress.best, progress.bad_validations = (metric, progress.step), 0
         else:
