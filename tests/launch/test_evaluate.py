@@ -36,21 +36,30 @@ ASKED = {
 }
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A folder as finetune leaves it, but for the manifest."""
+def written(folder: pathlib.Path, changes: dict[int, np.ndarray] | None = None) -> pathlib.Path:
+    """A folder as finetune leaves it, but for the manifest; some rows of the embedding changed."""
     from tasks.miniature import vocabulary
 
     config = PalmConfig(
         vocab_size=vocabulary().vocab_size, embed_dim=16, num_layers=2, num_heads=2, head_dim=8, mlp_dim=32
     )  # fmt: skip
     params = Palm(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    leaves = flax.traverse_util.flatten_dict(nn.unbox(params), sep="/")
-    folder = tmp_path_factory.mktemp("models") / "small"
+    leaves = {
+        k: np.array(v)
+        for k, v in flax.traverse_util.flatten_dict(nn.unbox(params), sep="/").items()
+    }
+    for token, row in (changes or {}).items():
+        leaves["token_embedder/embedding"][token] = row
     folder.mkdir()
-    save_file({k: np.asarray(v) for k, v in leaves.items()}, folder / "model.safetensors")
+    save_file(leaves, folder / "model.safetensors")
     model_file.write(folder, config, {"layers": 0}, model_file.Vocabulary(name="miniature"))
     return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A model with random parameters."""
+    return written(tmp_path_factory.mktemp("models") / "small")
 
 
 def bindings(checkpoint: pathlib.Path, output: pathlib.Path, **changes: Any) -> list[str]:
@@ -95,11 +104,37 @@ def test_scores_are_the_metrics_of_the_examples_that_are_written(whole: pathlib.
     found = {(line["task"], line["metric"]): line for line in lines(whole)}
     accuracy = found["causes_mini", "accuracy"]
     assert (accuracy["value"], accuracy["count"], accuracy["chance"]) == (np.mean(right), 5, 0.5)
-    assert found["opposites_mini", "exact_match"]["value"] == 100 * np.mean(exact)
+    assert found["opposites_mini", "exact_match"]["value"] == np.mean(exact)
     for each in ranked:
         assert len(each["choices"]) == len(each["choice_scores"]) == 2
         assert each["prediction"] == int(np.argmax(each["choice_scores"]))
         assert all(choice in each["inputs"] for choice in each["choices"])
+
+
+def test_an_answer_that_is_right_counts_one(checkpoint: pathlib.Path, tmp_path: pathlib.Path):
+    """Of a model that writes the first example's answer behind every prompt's last mark, a colon, and then ends."""
+    from launch.evaluation import Examples, evaluation_tasks
+    from tasks.miniature import vocabulary
+
+    only = {
+        "mixture_or_task_name": "opposites_which_mini",
+        "lengths": {"inputs": 160, "targets": 8},
+    }
+    ((task,), _) = evaluation_tasks(Examples(**only, limit=5), {})
+    colon, (answer,) = vocabulary().encode(":")[0], vocabulary().encode(task.examples[0].truth[0])
+    assert {each.prompt[-1] for each in task.examples} == {colon}
+    one, other = np.eye(16, dtype=np.float32)[[0, 2]] - np.eye(16, dtype=np.float32)[[1, 3]]
+    # A token's distribution is its row times all rows: the colon's is nearest the answer's, the answer's nearest the end's.
+    rows = {colon: 10 * one, answer: 20 * one + 10 * other, vocabulary().eos_id: 100 * other}
+    folder = written(tmp_path / "answering", rows)
+    run(folder, tmp_path / "out", MIXTURE_OR_TASK_NAME="opposites_which_mini", WRITE_EXAMPLES=True)
+    (examples,) = records(tmp_path / "out", "answering").values()
+    said = task.examples[0].truth[0]
+    assert [each["prediction"] for each in examples] == [said] * 5
+    right = [said in each["target"] for each in examples]
+    assert right[0] and not all(right)
+    found = {line["metric"]: line["value"] for line in lines(tmp_path / "out")}
+    assert found["exact_match"] == found["f1"] == np.mean(right)
 
 
 def test_few_shot_examples_stand_before_the_same_inputs(
