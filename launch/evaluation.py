@@ -63,7 +63,7 @@ def evaluation_tasks(
     Raises ValueError for names that aren't known, a split that is missing, and tasks without examples.
     """
     import tasks
-    from tasks import evaluation, packing, vocabularies
+    from tasks import evaluation, identity, packing
 
     tasks.register(**registered)
     sets = [
@@ -79,13 +79,12 @@ def evaluation_tasks(
         )
         for name in task_names(asked)
     ]
-    identity = {
+    depends_on = {
         **dataclasses.asdict(asked),
-        "tasks": [each.info.name for each in sets],
-        "vocabulary": vocabularies.digest(sets[0].vocabulary),
         "lengths": dict(asked.lengths),
+        **identity.of_tasks(each.info.name for each in sets),
     }
-    return [_task(each, asked) for each in sets], identity
+    return [_task(each, asked) for each in sets], depends_on
 
 
 def task_names(asked: Examples) -> list[str]:
