@@ -197,7 +197,7 @@ def examples(name: str, arguments: dict[str, Any], paint: Any) -> Iterator[str]:
 
     import seqio
 
-    from tasks import registry
+    from tasks import preprocessors, registry
 
     split = SPLIT.value
     of_task = [
@@ -214,7 +214,8 @@ def examples(name: str, arguments: dict[str, Any], paint: Any) -> Iterator[str]:
         if task not in readers:
             dataset = provider.get_dataset(None, split=split, shuffle=True, seed=0)
             readers[task] = dataset.as_numpy_iterator()
-        example = next(readers[task], None)
+        with preprocessors.told():
+            example = next(readers[task], None)
         if example is None:
             return
         yield ""

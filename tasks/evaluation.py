@@ -9,12 +9,14 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import seqio
+import tensorflow as tf
 
-from tasks import registry, vocabularies
+from tasks import preprocessors, registry, vocabularies
 from tasks.metrics import METRICS, Metric
 from tasks.packing import Lengths, truncate
 
@@ -115,7 +117,7 @@ def evaluation_set(
         inputs are cut at their start, which loses the first of these first.
 
     Raises:
-      ValueError: for an unknown task, a split that it lacks, or no example.
+      ValueError: for an unknown task, a split that it lacks, a malformed row (with file and line), or no example.
     """
     (name,) = registry.task_names(task)
     info = registry.task_infos()[name]
@@ -130,7 +132,7 @@ def evaluation_set(
     cut = collections.Counter()
     examples = []
     dataset = dataset.skip(skip).take(-1 if limit is None else limit)
-    for features in dataset.as_numpy_iterator():
+    for features in _read(dataset):
         choices_text = _texts(features["choices"])
         ends = [target.vocabulary.eos_id] if target.add_eos else []
         choices = [
@@ -192,7 +194,7 @@ class _Shots:
                 each[name].decode("utf-8")
                 for name in ("inputs_pretokenized", "targets_pretokenized")
             )
-            for each in dataset.take(SHOT_POOL).as_numpy_iterator()
+            for each in _read(dataset.take(SHOT_POOL))
         ]
         if len(self.texts) < count:
             raise ValueError(
@@ -208,6 +210,11 @@ class _Shots:
         drawn = rng.choice(len(self.texts), self.count, replace=False)
         text = "\n\n".join([*(self.texts[i] for i in drawn), inputs_text])
         return text, np.array(self.vocabulary.encode(text), np.int32)
+
+
+def _read(dataset: tf.data.Dataset) -> Iterator[dict[str, Any]]:
+    with preprocessors.told():
+        yield from dataset.as_numpy_iterator()
 
 
 def _texts(strings: Sequence[bytes]) -> tuple[str, ...]:
