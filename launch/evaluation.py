@@ -40,6 +40,10 @@ class Examples:
     truncation: str = "end"
 
     def __post_init__(self) -> None:
+        if not self.mixture_or_task_name:
+            raise ValueError(
+                f"MIXTURE_OR_TASK_NAME is {self.mixture_or_task_name!r}: name at least one mixture or task"
+            )
         if self.measure not in ("metric", "loss"):
             raise ValueError(f"MEASURE is {self.measure!r}: it must be 'metric' or 'loss'")
         for name in ("limit", "num_prompts"):

@@ -194,6 +194,7 @@ class FakePlan:
     [
         ({"CHECKPOINTS": ["/a"]}, "INITIAL_CHECKPOINT_PATH, or CHECKPOINTS, and not both"),
         ({"MEASURE": "accuracy"}, "MEASURE is 'accuracy'"),
+        ({"MIXTURE_OR_TASK_NAME": []}, r"MIXTURE_OR_TASK_NAME is \[\]: name at least one"),
         ({"LIMIT": 0}, "LIMIT is 0: it must be at least 1"),
         ({"TASK_FEATURE_LENGTHS": {"inputs": 8}}, "give 'inputs' and 'targets', and nothing else"),
         ({"SPLIT": "other"}, "has no split 'other'"),
