@@ -32,7 +32,7 @@ class EvaluationExample:
       targets: [t] int32, the answer that training teaches, with the end of sequence.
       label: the index of the right choice; None where generated.
       references: all right answers.
-      inputs_text, choices_text, targets_text: the same in words.
+      inputs_text, choices_text, targets_text: the same in words; the targets' is that of the tokens that were kept.
     """
 
     id: str
@@ -149,17 +149,23 @@ def evaluation_set(
         ]
         cut.update({part for each in parts for part in each.cut})
         label = int(features["label"]) if choices else None
+        answer = parts[label or 0]
+        targets_text = features["targets_pretokenized"].decode("utf-8")
+        if "targets" in answer.cut:
+            targets_text = target.vocabulary.decode(
+                answer.targets[: len(answer.targets) - len(ends)].tolist()
+            )
         examples.append(
             EvaluationExample(
                 id=id_,
                 inputs=parts[0].inputs,
                 choices=tuple(part.targets for part in parts) if choices else (),
-                targets=parts[label or 0].targets,
+                targets=answer.targets,
                 label=label,
                 references=_texts(features["references"]),
                 inputs_text=inputs_text,
                 choices_text=choices_text,
-                targets_text=features["targets_pretokenized"].decode("utf-8"),
+                targets_text=targets_text,
             )
         )
     if not examples:

@@ -52,6 +52,17 @@ def test_a_data_set_that_was_changed_makes_another_identity(identity, tmp_path: 
     assert json.loads(json.dumps(before)) == before  # it goes into manifests
 
 
+def test_bytes_of_a_text_that_is_cut_are_those_of_its_kept_tokens(tmp_path: pathlib.Path):
+    folder = put(tmp_path / "a", "a good film", "a bad film")
+    asked = Examples(
+        mixture_or_task_name="rotten_tomatoes_tone_local", lengths={"inputs": 64, "targets": 4}, measure="loss"
+    )  # fmt: skip
+    ((task,), _) = evaluation_tasks(asked, {"local_data": str(folder), "vocabulary": "bytes"})
+    assert [len(each.choices[0]) for each in task.examples] == [4, 4]  # with the end
+    assert [each.choices_text for each in task.examples] == [("neg",), ("pos",)]
+    assert [each.nbytes for each in task.examples] == [[3], [3]]
+
+
 def test_the_vocabulary_of_every_set_counts(tmp_path: pathlib.Path, monkeypatch):
     from tasks import vocabularies
 
