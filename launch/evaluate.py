@@ -30,7 +30,8 @@ from launch import command, devices, gin_config
 from launch.progress import Evaluating
 
 if TYPE_CHECKING:  # the library brings jax, which --help does without
-    from merging.evaluate import Report
+    from launch.evaluation import Examples
+    from merging.evaluate import Report, Settings
     from merging.evaluation.collect import Score
 
 RUN_FILE = "gin_configs/runs/evaluate.gin"
@@ -61,6 +62,14 @@ def define_flags() -> None:
 def main(joined: devices.Processes) -> None:
     """Evaluates as the flags say."""
     values = flags.FLAGS
+    if values.tasks and values.harness_tasks:
+        raise ValueError(
+            "give --tasks, ours, or --harness_tasks, and not both: each has a run and an output of its own"
+        )
+    if values.harness_path and not values.harness_tasks:
+        raise ValueError(
+            "--harness_path says where tasks are defined: name those to be run by --harness_tasks"
+        )
     files, bindings = gin_config.shorthand(
         {
             "CHECKPOINTS": values.checkpoint,
@@ -169,6 +178,7 @@ def harness_evaluate(
 
     command.quiet_libraries()
     asked, examples = resolved.arguments["settings"], resolved.arguments["examples"]
+    refuse_in_harness(asked, examples)
     echo = print if joined.index == 0 else lambda text: None
     echo(resolved.text)
     names = examples.mixture_or_task_name
@@ -186,6 +196,7 @@ def harness_evaluate(
             include_path=include_path,
             limit=examples.limit,
             few_shot=examples.few_shot,
+            seed=examples.seed,
         ),
         vocabulary=made,
         vocabulary_digest=vocabularies.digest(made),
@@ -193,6 +204,27 @@ def harness_evaluate(
         is_dry_run=is_dry_run,
         echo=echo,
     )
+
+
+def refuse_in_harness(asked: Settings, examples: Examples) -> None:
+    """Raises ValueError for what was set and says nothing to tasks of the harness, whose definitions say it themselves."""
+    ours = {
+        "NUM_PROMPTS": (examples, "num_prompts"),
+        "SPLIT": (examples, "split"),
+        "MEASURE": (examples, "measure"),
+        "TRUNCATION": (examples, "truncation"),
+        "NORMALIZATION": (asked, "normalization"),
+        "WRITE_EXAMPLES": (asked, "write_examples"),
+    }
+    given = [
+        name
+        for name, (where, field) in ours.items()
+        if getattr(where, field) != getattr(type(where), field)
+    ]
+    if given:
+        raise ValueError(
+            f"{', '.join(given)} can't be combined with --harness_tasks, whose definitions say it: leave it out"
+        )
 
 
 def with_vocabulary(registered: Mapping[str, Any], asked: Any) -> dict[str, Any]:
