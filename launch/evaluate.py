@@ -253,9 +253,9 @@ def described(report: Report, planned: Any) -> str:
     """The scores in a table, a line for each model, task and metric; over several prompts the mean and their spread."""
     from launch.tasks import table
 
-    rows = [
-        ["model", "task", "metric", "score", "stderr", "prompts", "spread", "chance", "examples"]
-    ]
+    head = ["model", "task", "metric", "score", "stderr", "prompts", "spread", "chance", "examples"]
+    is_cut = any(score.cut_inputs or score.cut_targets for score in report.scores)
+    rows = [head + ["cut inputs", "cut targets"] * is_cut]
     groups: dict[tuple[str, str, str], list[Score]] = {}
     for score in report.scores:
         groups.setdefault((score.model, score.task, score.metric), []).append(score)
@@ -279,15 +279,22 @@ def described(report: Report, planned: Any) -> str:
                 f"{sum(score.count for score in scores):,}",
             ]
         )
+        if is_cut:
+            rows[-1] += [
+                f"{sum(score.cut_inputs for score in scores):,}",
+                f"{sum(score.cut_targets for score in scores):,}",
+            ]
     told = "\n".join(table(rows))
-    if report.was_done:
-        return f"{told}\nNothing to do: {planned.settings.output_dir} holds these scores already."
+    output = planned.settings.output_dir
     rate = report.examples / report.seconds if report.seconds else 0
-    lines = [
-        told,
-        f"{report.examples:,} examples in {report.seconds:.1f} s ({rate:,.0f}/s, compiling and reading included),"
-        f" to {planned.settings.output_dir}",
-    ]
+    done = (
+        f"Nothing to do: {output} holds these scores already."
+        if report.was_done
+        else f"{report.examples:,} examples in {report.seconds:.1f} s ({rate:,.0f}/s, compiling and reading included), to {output}"
+    )
+    lines = [told, done]
+    if is_cut:
+        lines.append("cut inputs, cut targets: examples that lost tokens to TASK_FEATURE_LENGTHS")
     if report.ties:
         lines.append(
             f"{report.ties:,} examples had several best choices of equal score: the first of them counts"

@@ -18,7 +18,14 @@ from etils import epath
 from merging import manifest
 from merging.checkpoints import open_checkpoint
 from merging.engine import hosts
-from merging.evaluation.collect import SCORES, Result, Score, ScoresFile, write_examples
+from merging.evaluation.collect import (
+    SCORES,
+    Result,
+    Score,
+    ScoresFile,
+    total_ties,
+    write_examples,
+)
 from merging.evaluation.evaluator import Evaluator, Options
 from merging.evaluation.examples import Task
 from merging.models import model_file
@@ -27,7 +34,8 @@ from merging.models.families import is_prefix_lm, model_of
 from merging.models.parameters import as_model, read_params
 from merging.partitioning import MeshShape, mesh_of
 
-# Padded tokens of one model after which its scores so far are put on disk, at the next end of a task.
+# Tokens of one model, without padding and what is generated, after which its scores so far are put on disk, at the next end
+# of a task.
 SAVE_TOKENS = 4_000_000
 
 # (what is evaluated, examples done, of how many)
@@ -133,7 +141,7 @@ class Report:
 
     Attributes:
       scores: of all models and tasks.
-      ties: ranked examples whose best choices were equal, of what this run evaluated.
+      ties: ranked examples whose best choices were equal, of all models and tasks.
       examples: that this run evaluated.
       seconds: that it took, reading the models included.
       was_done: the output was there already.
@@ -217,7 +225,8 @@ def run(
     settings = planned.settings
     output = epath.Path(settings.output_dir)
     if manifest.is_done(output, planned.identity):
-        return Report(scores=ScoresFile(output / SCORES).scores, was_done=True)
+        scores = ScoresFile(output / SCORES).scores
+        return Report(scores=scores, ties=total_ties(scores), was_done=True)
     with contextlib.closing(manifest.Staging(output)) as staging:
         return _run(planned, staging, config_text, progress, log)
 
@@ -238,7 +247,7 @@ def _run(
     file = ScoresFile(staging.folder / SCORES)
     mesh = mesh_of(settings.mesh)
     evaluators: dict[DecoderConfig, Evaluator] = {}
-    ties = examples = 0
+    examples = 0
     total = planned.examples
     for model_id, path in settings.checkpoints.items():
         config = planned.configs[model_id]
@@ -262,18 +271,22 @@ def _run(
             )
             done += sum(len(task.examples) for task in part)
             examples += done - before
-            ties += sum(each.ties for each in results)
             if is_main:
                 _write(staging.folder, file, model_id, results, settings)
             hosts.wait_for_all("scores")
     if is_main:
         staging.commit(
             manifest.provenance(planned.identity)
-            | {"config": config_text, "examples": total, "ties": ties}
+            | {"config": config_text, "examples": total, "ties": total_ties(file.scores)}
         )
     hosts.wait_for_all("committed")
     scores = file.scores if is_main else ScoresFile(staging.output / SCORES).scores
-    return Report(scores=scores, ties=ties, examples=examples, seconds=time.monotonic() - started)
+    return Report(
+        scores=scores,
+        ties=total_ties(scores),
+        examples=examples,
+        seconds=time.monotonic() - started,
+    )
 
 
 def _told(progress: Progress, model_id: str, before: int, total: int, examples: int) -> None:

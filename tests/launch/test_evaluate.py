@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import pathlib
@@ -180,6 +181,13 @@ def test_the_table_has_the_spread_over_prompts_beside_their_mean():
     assert shown[1].split() == "m t accuracy 0.5000 0.2121 2 0.3536 0.5000 200".split()
     assert shown[2].startswith("200 examples in 2.0 s (100/s")
     assert shown[3].startswith("3 examples had several best choices")
+    cut = [dataclasses.replace(each, cut_inputs=n, cut_targets=2) for n, each in enumerate(scores)]
+    shown = evaluate.described(Report(scores=cut, ties=3, was_done=True), FakePlan()).splitlines()
+    assert shown[0].endswith("examples  cut inputs  cut targets")
+    assert shown[1].split()[-3:] == ["200", "1", "4"]
+    assert [line.split(":")[0] for line in shown[2:]] == [
+        "Nothing to do", "cut inputs, cut targets", "3 examples had several best choices of equal score",
+    ]  # fmt: skip
 
 
 class FakePlan:

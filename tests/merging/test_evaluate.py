@@ -76,6 +76,8 @@ def test_a_run_that_was_ended_goes_on_and_gives_the_same(checkpoints, tmp_path, 
     assert lines(ended) == lines(whole)
     third = evaluate.run(planned(checkpoints, ended, write_examples=True))
     assert third.was_done and len(third.scores) == 10
+    manifests = [json.loads((each / "manifest.json").read_text()) for each in (whole, ended)]
+    assert manifests[0]["ties"] == manifests[1]["ties"] == report.ties == again.ties == third.ties
 
     with gzip.open(ended / "examples" / "b" / "many_a.jsonl.gz", "rt") as file:
         records = [json.loads(line) for line in file]
