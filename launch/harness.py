@@ -285,7 +285,7 @@ def evaluate(
         model = HarnessModel(
             _evaluate_of(settings, model_id, config, mesh),
             vocabulary,
-            max_length=settings.row_length,
+            max_length=settings.options(config).row_length,
         )
         results = lm_eval.simple_evaluate(
             model,

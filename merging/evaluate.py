@@ -38,6 +38,9 @@ from merging.partitioning import MeshShape, mesh_of
 # of a task.
 SAVE_TOKENS = 4_000_000
 
+# The most tokens of a row where neither user nor model says it.
+ROW_LENGTH = 2_048
+
 # (what is evaluated, examples done, of how many)
 Progress = Callable[[str, int, int], None]
 
@@ -53,7 +56,9 @@ class Settings:
       params_path: where the parameters are in a train state.
       mesh: how devices are used; None: all of them along the data axis.
       dtype, param_dtype: of activations, and of parameters in memory; None: as the configuration has them.
-      normalization, row_length, batch_tokens, shapes, vocabulary_chunks: see `evaluator.Options`.
+      normalization, batch_tokens, shapes, vocabulary_chunks: see `evaluator.Options`.
+      row_length: the most tokens of a prompt with a choice, or with what is generated; None: ROW_LENGTH, or as many as the model
+        has learnt where these are fewer.
       prefix_lm: prompts see themselves in both directions; None: where the model is PaLM, as it is trained here.
       write_examples: every example with its prediction too.
     """
@@ -66,7 +71,7 @@ class Settings:
     dtype: str | None = None
     param_dtype: str | None = None
     normalization: str = "sum"
-    row_length: int = 2_048
+    row_length: int | None = None
     batch_tokens: int = 4_096
     shapes: int = 4
     vocabulary_chunks: int = 1
@@ -82,12 +87,21 @@ class Settings:
         return dataclasses.replace(self.model, **changes)
 
     def options(self, config: DecoderConfig) -> Options:
-        """How a model of this configuration is run."""
+        """How a model of this configuration is run. Raises ValueError for rows longer than it has learnt."""
+        learnt = config.max_positions
+        row_length = self.row_length
+        if row_length is None:
+            row_length = ROW_LENGTH if learnt is None else min(ROW_LENGTH, learnt)
+        if learnt is not None and row_length > learnt:
+            raise ValueError(
+                f"ROW_LENGTH is {row_length:,}, and the model has learnt {learnt:,} positions (max_position_embeddings of its"
+                " config.json): give at most so many, or None, which is that"
+            )
         prefix_lm = is_prefix_lm(config) if self.prefix_lm is None else self.prefix_lm
         return Options(
             normalization=self.normalization,
             bidirectional=prefix_lm,
-            row_length=self.row_length,
+            row_length=row_length,
             batch_tokens=self.batch_tokens,
             shapes=self.shapes,
             vocabulary_chunks=self.vocabulary_chunks,
