@@ -37,6 +37,8 @@ class Score:
       count: examples.
       chance: what guessing gives; None where there is no such thing.
       seconds: its task's share of the time of the run.
+      ties: examples whose best choices had equal scores: the first of them counts.
+      cut_inputs, cut_targets: examples whose prompt or choices lost tokens; see `examples.Task`.
     """
 
     model: str
@@ -48,6 +50,9 @@ class Score:
     count: int
     chance: float | None
     seconds: float
+    ties: int = 0
+    cut_inputs: int = 0
+    cut_targets: int = 0
 
     def line(self) -> str:
         """As JSON, NaN as null."""
@@ -152,6 +157,9 @@ def result(
             count=len(task.examples),
             chance=task.chance,
             seconds=round(seconds, 3),
+            ties=ties,
+            cut_inputs=task.cut_inputs,
+            cut_targets=task.cut_targets,
         )
         for name, value in values.items()
         if not name.endswith("_stderr")
@@ -249,6 +257,11 @@ def cut(results: Iterable[Result]) -> dict[str, dict[str, int]]:
         counts["inputs"] += each.task.cut_inputs
         counts["targets"] += each.task.cut_targets
     return found
+
+
+def total_ties(scores: Iterable[Score]) -> int:
+    """Of all models and tasks, each counted once, however many metrics it has."""
+    return sum({_group(score): score.ties for score in scores}.values())
 
 
 def _group(score: Score) -> tuple[str, str, str]:

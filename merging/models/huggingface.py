@@ -190,7 +190,6 @@ _UNREAD = {
     "dtype",
     "eos_token_id",
     "initializer_range",
-    "max_position_embeddings",
     "model_type",
     "name_or_path",
     "pad_token_id",
@@ -229,6 +228,12 @@ class _Keys:
                 f"{key} is {show(value)}, wanted a whole number from 1 to {_MOST}"
             )
         return value if is_count else 1
+
+    def count_if_there(self, key: str) -> int | None:
+        """The same, None where it is absent or null."""
+        if self._left.get(key) is None:
+            return self._left.pop(key, None)
+        return self.count(key)
 
     def number(self, key: str, default: float) -> float:
         """A positive number."""
@@ -290,6 +295,7 @@ def _common(keys: _Keys) -> dict[str, Any]:
         "head_dim": keys.count("head_dim", max(1, width // heads)),
         "mlp_dim": keys.count("intermediate_size"),
         "norm_epsilon": keys.number("rms_norm_eps", 1e-6),
+        "max_positions": keys.count_if_there("max_position_embeddings"),
     }
 
 

@@ -33,6 +33,9 @@ TOKENIZER_FILE = "tokenizer.json"
 _CHOSEN_BY_RUNS = ("dropout_rate", "remat")
 # What JSON has for the types of fields; of others (tuples of names) the configuration itself sees to it.
 _TYPES = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
+_TYPES["int | None"] = (int, type(None))
+# What a file may leave unsaid.
+_OPTIONAL = ("max_positions",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -186,7 +189,7 @@ def _config(family: Any, sizes: Any, changes: Mapping[str, Any], *, where: str) 
     kind = FAMILIES[family][0]
     types = {f.name: f.type for f in dataclasses.fields(kind) if f.name not in _CHOSEN_BY_RUNS}
     known = types.keys()
-    problems = [f"sizes: {name} is missing" for name in sorted(known - sizes.keys())]
+    problems = [f"sizes: {name} is missing" for name in sorted(known - sizes.keys() - {*_OPTIONAL})]
     problems += [f"sizes: {name} is unknown to {family}" for name in sorted(sizes.keys() - known)]
     problems += [
         f"sizes: {name} is {show(value)}, wanted {types[name]}"

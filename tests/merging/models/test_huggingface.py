@@ -56,6 +56,16 @@ GEMMA3 = {
 }
 
 
+def test_the_positions_that_a_model_has_learnt_are_known():
+    assert config_of(LLAMA).max_positions == 128
+    assert config_of(LLAMA | {"max_position_embeddings": None}).max_positions is None
+    assert config_of(GEMMA3).max_positions is None
+    with pytest.raises(
+        CheckpointError, match="max_position_embeddings is 0, wanted a whole number"
+    ):
+        config_of(LLAMA | {"max_position_embeddings": 0})
+
+
 def config_of(values: dict[str, Any], **changes: Any) -> DecoderConfig:
     return huggingface.from_json(values, where="config.json", **changes)
 
