@@ -834,7 +834,7 @@ class _Making:
 
     def _stop_if_asked(self) -> None:
         if self.should_stop():
-            raise Interrupted("asked to stop: what is done is on disk")
+            raise Interrupted("stopped between items")
 
     def _between_batches(self, evaluator: Evaluator, models: int) -> Callable[[int], None]:
         """What an evaluator tells of examples; when all are done, the scores are written first."""

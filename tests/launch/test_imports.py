@@ -25,6 +25,7 @@ ROWS = [
         "convert",
         "evaluate",
         "study",
+        "study_identity",
         "study_models",
         "report",
         "__init__",

@@ -15,7 +15,7 @@ def test_a_report_on_what_is_not_done_names_it(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     monkeypatch.setattr(study, "check_mixtures", lambda names, registered: None)
-    monkeypatch.setattr(preemption, "should_stop", lambda joined: lambda step: False)
+    monkeypatch.setattr(preemption, "should_stop", lambda joined: lambda: False)
     folder = tmp_path / "study"
     bindings = [f"OUTPUT_DIR = {str(folder)!r}", "PHASE = 'report'"]
     # optax raises float numbers to the power of a count.
