@@ -7,7 +7,11 @@ The same by gin, where all can be set (gin_configs/runs/compile.gin lists the ma
   python -m launch.compile --gin_file=gin_configs/models/64b.gin --gin_file=gin_configs/meshes/v5p-128.gin \
     --gin.MeshShape.fsdp=16 --gin.MeshShape.model=4 --gin.PROGRAMS='["train"]'
 
-It exits with code 1 where a program does not fit, and names the largest arrays. Several such reports as one table:
+Below stands how a train step's operations compare with arithmetic's.
+
+It exits with code 1 where a program does not fit, the compiler having refused it or a chip having less memory, and names
+the largest arrays: arguments, of a merge the largest leaves, and what is largest inside the program. The others are
+compiled and saved nevertheless. Several such reports as one table:
   python -m launch.compile --table=64b.v5p-128.json,64b.v5e-256.json
 
 The merge of each method and its survey passes, for one bfloat16 leaf that is sharded over all chips, without any data:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import importlib.metadata
+import math
 import re
 import resource
 import time
@@ -20,16 +21,19 @@ from launch.topology import described_devices
 
 if TYPE_CHECKING:  # the library brings jax, which --help does without
     import optax
-    from jax.sharding import Mesh
+    from jax.sharding import Mesh, NamedSharding
 
     from merging.engine.compiled import Figures
     from merging.engine.programs import Program
     from merging.methods.method import Method
     from merging.models.config import DecoderConfig
+    from merging.models.decoder import Decoder
     from merging.partitioning import MeshShape
+    from merging.training.optimizer import Averaging
+    from merging.training.programs import Work
 
 RUN_FILE = "gin_configs/runs/compile.gin"
-LARGEST = 5  # arrays named where a program does not fit
+LARGEST = 5  # arrays of a kind named where a program does not fit
 
 
 def configured(
@@ -41,12 +45,12 @@ def configured(
     search_paths: Sequence[str] = (".",),
 ) -> gin_config.Resolved:
     """What gin files and bindings say, with the files that the short flags name."""
-    from merging.training.optimizer import adafactor, adamw
+    from merging.training.optimizer import Averaging, adafactor, adamw
 
     gin_config.register(compile_model, name="compile_model")
     gin_config.register_methods()
     gin_config.register_models()
-    gin_config.register_values(adamw, adafactor)
+    gin_config.register_values(adamw, adafactor, Averaging)
     all_files = list(files) if RUN_FILE in files else [RUN_FILE, *files]
     for folder, name in (("models", model), ("meshes", mesh)):
         all_files += [] if name is None else [f"gin_configs/{folder}/{name}.gin"]
@@ -71,6 +75,9 @@ def compile_model(
     remat: str,
     dtype: str,
     optimizer: optax.GradientTransformation,
+    clip_norm: float | None = 1.0,
+    frozen: Sequence[str] = (),
+    averaging: Averaging | None = None,
 ) -> dict[str, Any]:
     """Compiles, prints a table, and returns it as JSON, with what does not fit under `shortfalls`.
 
@@ -80,7 +87,7 @@ def compile_model(
       programs: of train, score, prefill, decode, merge.
       others: as in gin_configs/runs/compile.gin.
     """
-    from merging.models.palm import Palm
+    from merging.models.families import model_of
     from merging.training.programs import PROGRAMS, Work, model_programs
 
     started = time.perf_counter()
@@ -95,7 +102,7 @@ def compile_model(
         )
     chip = chips.chip_of(mesh.topology)
     devices = mesh.mesh(described_devices(mesh.topology, slices=mesh.slices))
-    network = Palm(dataclasses.replace(model, dtype=dtype, remat=remat))
+    network = model_of(dataclasses.replace(model, dtype=dtype, remat=remat))
     work = Work(
         rows=rows,
         length=length,
@@ -104,6 +111,9 @@ def compile_model(
         new_tokens=new_tokens,
         microbatches=microbatches,
         vocabulary_chunks=vocabulary_chunks,
+        clip_norm=clip_norm,
+        frozen=tuple(frozen),
+        averaging=averaging,
     )
     report: dict[str, Any] = {
         "topology": mesh.topology,
@@ -120,10 +130,25 @@ def compile_model(
     }
     print(_heading(report), flush=True)
     for program in model_programs(network, devices, work, optimizer=optimizer, only=programs):
-        _add(report, program.name, _compiled(program), chip, tokens=program.tokens)
+        _add(
+            report,
+            program.name,
+            _compiled(program),
+            chip,
+            largest_arguments=program.largest_arguments(LARGEST),
+            tokens=program.tokens,
+        )
     if "merge" in programs:
-        for name, found in _merges(network, devices, experts=experts, methods=methods):
-            _add(report, name, found, chip, tokens=None)
+        leaves = _leaves(network, devices)
+        largest = _largest_leaves(leaves, network.config.activation_dtype.itemsize, experts)
+        for name, found in _merges(network, leaves, experts=experts, methods=methods):
+            _add(report, name, found, chip, largest_arguments=largest, tokens=None)
+    trained = report["programs"].get("train", {})
+    if "flops" in trained:
+        trained["arithmetic"] = arithmetic(
+            network.config, work, flops=trained["flops"] * devices.size
+        )
+        print(f"\n{_compared(trained, remat)}")
     # In KiB on Linux; this process alone, compiler included.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     seconds = time.perf_counter() - started
@@ -137,63 +162,118 @@ def compile_model(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Refused:
-    """A program that the compiler refused: why, and the largest arrays that it is given, on one device."""
+    """A program that the compiler refused: why, and the largest allocations on one device where it lists them."""
 
     reason: str
-    largest: Sequence[tuple[str, int]]
+    allocations: Sequence[str]
 
 
 def _compiled(program: Program) -> Figures | Refused:
     try:
         return program.compile()
     except ValueError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if "RESOURCE_EXHAUSTED: " not in str(error):
             raise
-        found = re.search(r"RESOURCE_EXHAUSTED: (.*?\.)(\s|$)", str(error), re.DOTALL)
-        return Refused(
-            reason=found[1] if found else str(error), largest=program.largest_arguments(LARGEST)
-        )
+        first = str(error).partition("RESOURCE_EXHAUSTED: ")[2].splitlines()[0]
+        return Refused(reason=f"{first.rstrip('. ')}.", allocations=_allocations(str(error)))
+
+
+def _allocations(message: str) -> list[str]:
+    """What a compiler's message lists as `1. Size: 2.00G`, with the operation and the shape that follow."""
+    told = []
+    for entry in re.split(r"\n\s*\d+\. Size: ", message)[1:][:LARGEST]:
+        operation = re.search(r'op_name="([^"]*)"', entry)
+        shape = re.search(r"Shape: (\w+\[[\d,]*\])", entry)
+        known = [each[1] for each in (operation, shape) if each]
+        told.append(" ".join([*known, entry.split()[0]]))
+    return told
+
+
+# Names of the leaves that are merged by one program, by shape, sharding and the axis over layers.
+Leaves = Mapping[tuple[tuple[int, ...], "NamedSharding", int | None], Sequence[str]]
+
+
+def _leaves(network: Decoder, mesh: Mesh) -> Leaves:
+    import jax
+
+    from merging.models.model_file import stacked_of
+    from merging.paths import Stacked, of_tree_path
+    from merging.training.programs import placed_params
+
+    stacked = Stacked(stacked_of(network.config))
+    leaves: dict[Any, list[str]] = collections.defaultdict(list)
+    for path, leaf in jax.tree.leaves_with_path(placed_params(network, mesh)):
+        name = of_tree_path(path)
+        leaves[leaf.shape, leaf.sharding, stacked.axis(name)].append(name)
+    return leaves
+
+
+def _largest_leaves(leaves: Leaves, itemsize: int, experts: int) -> list[tuple[str, int]]:
+    """(leaf, bytes on one device of the base's and all experts') of the largest leaves."""
+    sizes = [
+        (name, (1 + experts) * math.prod(sharding.shard_shape(shape)) * itemsize)
+        for (shape, sharding, _), names in leaves.items()
+        for name in names
+    ]
+    return sorted(sizes, key=lambda each: -each[1])[:LARGEST]
 
 
 def _merges(
-    network: Any, mesh: Mesh, *, experts: int, methods: Sequence[Method] | None
+    network: Decoder, leaves: Leaves, *, experts: int, methods: Sequence[Method] | None
 ) -> Iterator[tuple[str, Figures | Refused]]:
     """Each method's merge and survey passes over all leaves: sums, and the largest temporaries.
 
-    Leaves of one shape and sharding are one program, compiled once.
+    Leaves of one shape and sharding are one program, compiled once. A pass is refused if one of its programs is.
     """
-    import jax
-    import numpy as np
-
     from merging.engine.programs import merge_programs
     from merging.methods import METHODS
-    from merging.paths import of_tree_path
-    from merging.training.programs import placed_params
 
-    params = placed_params(network, mesh)
-    leaves = collections.Counter(
-        (leaf.shape, leaf.sharding, 0 if of_tree_path(path).startswith("layers/") else None)
-        for path, leaf in jax.tree.leaves_with_path(params)
-    )
     for method in methods or [METHODS[name]() for name in METHODS]:
         totals: dict[str, list[tuple[int, Figures]]] = collections.defaultdict(list)
-        for (shape, sharding, stacked), count in leaves.items():
+        refused: dict[str, Refused] = {}
+        for (shape, sharding, stacked), names in leaves.items():
             for program in merge_programs(
                 [method],
                 shape=shape,
-                dtype=np.dtype(network.config.activation_dtype),
+                dtype=network.config.activation_dtype,
                 experts=experts,
                 sharding=sharding,
                 stacked=stacked,
             ):
-                totals[program.name.partition(",")[0]].append((count, program.compile()))
+                name = program.name.partition(",")[0]
+                each = totals[name]  # in the order of passes, refused ones too
+                found = _compiled(program)
+                if isinstance(found, Refused):
+                    reason = f"{names[0]}: {found.reason}"
+                    refused.setdefault(name, dataclasses.replace(found, reason=reason))
+                else:
+                    each.append((len(names), found))
         for name, each in totals.items():
-            yield name, _summed(each)
+            yield name, refused[name] if name in refused else _summed(each)
+
+
+def arithmetic(config: DecoderConfig, work: Work, *, flops: int) -> dict[str, float]:
+    """A train step's operations beside what formulas say, over all devices.
+
+    `flops` is what parameters, attention and remat ask for; `ratio` is the program's over that, and `least_ratio` over what
+    is left without the products that full remat need not do again.
+    """
+    from merging.training.curves import flops_per_token, flops_spared_per_token
+
+    each = flops_per_token(config, work.length, remat=config.remat)
+    spared = flops_spared_per_token(config) if config.remat == "full" else 0
+    tokens = work.rows * work.length
+    return {
+        "flops": each * tokens,
+        "ratio": flops / (each * tokens),
+        "least_ratio": flops / ((each - spared) * tokens),
+    }
 
 
 def _summed(each: Sequence[tuple[int, Figures]]) -> Figures:
     """Programs that run one after another, with the arguments and results of all in memory."""
     from merging.engine.collectives import added
+    from merging.engine.compiled import largest
 
     def total(name: str) -> int:
         return sum(count * getattr(found, name) for count, found in each)
@@ -214,6 +294,7 @@ def _summed(each: Sequence[tuple[int, Figures]]) -> Figures:
         loops=sum(found.loops for _, found in each),
         unknown_loops=sum(found.unknown_loops for _, found in each),
         collectives=collectives,
+        largest_results=largest(array for _, found in each for array in found.largest_results),
         compile_seconds=sum(found.compile_seconds for _, found in each),
     )
 
@@ -229,29 +310,45 @@ def _add(
     found: Figures | Refused,
     chip: chips.Chip,
     *,
+    largest_arguments: Sequence[tuple[str, int]],
     tokens: int | None,
 ) -> None:
-    """Prints a program's row, and adds it to the report."""
+    """Prints a program's row, and adds it to the report.
+
+    Args:
+      largest_arguments: (name, bytes on one device), told where the program does not fit.
+      tokens: that one call reads or writes, over all devices; None where it has none.
+    """
     if isinstance(found, Refused):
-        largest = ", ".join(f"{path} {_size(size)}" for path, size in found.largest)
-        told = f"{name} does not fit: {found.reason} Its largest arguments: {largest}"
-        report["programs"][name] = {"fits": False, "reason": found.reason, "largest": found.largest}
-        report["shortfalls"].append(told)
+        report["programs"][name] = {
+            "fits": False,
+            "reason": found.reason,
+            "largest_arguments": largest_arguments,
+            "largest_allocations": found.allocations,
+        }
+        report["shortfalls"].append(
+            _shortfall(name, found.reason, largest_arguments, found.allocations)
+        )
         print(f"| {name:<20} | does not fit: {found.reason} |", flush=True)
         return
     fits = found.memory_bytes <= chip.memory_bytes
     times = chips.roofline(found, chip)
     tokens_per_s = tokens / times.seconds if tokens else None
-    report["programs"][name] = {
+    entry = {
         "fits": fits,
         **found.to_json(),
         "roofline": {**dataclasses.asdict(times), "seconds": times.seconds, "bound": times.bound},
         "tokens_per_s": tokens_per_s,
     }
+    report["programs"][name] = entry
     if not fits:
-        report["shortfalls"].append(
-            f"{name} does not fit: it needs {_size(found.memory_bytes)} of a chip's {_size(chip.memory_bytes)}"
+        entry["largest_arguments"] = largest_arguments
+        reason = (
+            f"it needs {_size(found.memory_bytes)} of a chip's {_size(chip.memory_bytes)},"
+            f" {_size(found.argument_bytes)} of them arguments and {_size(found.temporary_bytes)} temporaries."
         )
+        results = [f"{what} {_size(size)}" for what, size in found.largest_results]
+        report["shortfalls"].append(_shortfall(name, reason, largest_arguments, results))
     collectives = ", ".join(
         f"{each.count} {kind} {_size(each.nbytes)}" for kind, each in found.collectives.items()
     )
@@ -273,6 +370,30 @@ def _add(
         ),
         flush=True,
     )
+
+
+def _shortfall(
+    name: str, reason: str, arguments: Sequence[tuple[str, int]], results: Sequence[str]
+) -> str:
+    """Why a program does not fit, and its largest arrays."""
+    given = ", ".join(f"{path} {_size(size)}" for path, size in arguments)
+    told = f"{name} does not fit: {reason} Its largest arguments: {given}"
+    return f"{told}; largest inside: {', '.join(results)}" if results else told
+
+
+def _compared(trained: Mapping[str, Any], remat: str) -> str:
+    """A train step's operations beside arithmetic's, in words."""
+    from merging.training.curves import TRAINING_PASSES
+
+    of_parameters, of_attention = TRAINING_PASSES[remat]
+    told = trained["arithmetic"]
+    text = (
+        f"train: its operations are {told['ratio']:.3f} of ({of_parameters} x parameters + {of_attention} x layers x heads"
+        " x head size x length) x tokens"
+    )
+    if told["least_ratio"] == told["ratio"]:
+        return text
+    return f"{text}, {told['least_ratio']:.3f} without the last products of blocks, which need not be done again"
 
 
 def _heading(report: Mapping[str, Any]) -> str:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from launch import command, devices, gin_config
+from launch import command, devices, gin_config, preemption
 from launch.progress import Evaluating
 
 if TYPE_CHECKING:  # the library brings jax, which --help does without
@@ -141,6 +141,7 @@ def evaluate(
     """Prints configuration and plan, evaluates, and prints the scores; returns the report, None after a dry run."""
     from launch.evaluation import evaluation_tasks
     from merging import evaluate as stage
+    from merging.interrupted import Interrupted
 
     command.quiet_libraries()
     asked = resolved.arguments["settings"]
@@ -154,7 +155,16 @@ def evaluate(
         return None
     gc.freeze()  # what imports made stays out of the collector's way
     shown = Evaluating(models=len(planned.configs), is_shown=is_shown)
-    report = stage.run(planned, config_text=resolved.text, progress=shown, log=shown.log)
+    try:
+        report = stage.run(
+            planned,
+            config_text=resolved.text,
+            progress=shown,
+            log=shown.log,
+            should_stop=preemption.should_stop(joined),
+        )
+    except Interrupted as stopped:
+        preemption.end(stopped, shown.log, joined)
     if is_shown:
         print(described(report, planned), flush=True)
     return report

@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from launch import command, devices, exit_codes, gin_config, preemption
+from launch import command, devices, gin_config, preemption
 from launch.mixtures import Mixtures, mixtures
 from launch.observers import Observers
 from launch.progress import Training
+from launch.validation import ValidationTasks, validation
 
 if TYPE_CHECKING:  # the library brings jax, which --help does without
     from merging.finetune import Report
@@ -47,13 +48,14 @@ def main(joined: devices.Processes) -> None:
 def configured(
     files: Sequence[str], bindings: Sequence[str], *, search_paths: Sequence[str] = (".",)
 ) -> gin_config.Resolved:
-    """What gin files and bindings say: `settings` of the stage, its `mixtures`, its `observers`, and arguments of `tasks`."""
+    """What gin files and bindings say: `settings` of the stage, its `mixtures`, `validation`, `observers`, arguments of `tasks`."""
     import tasks
     from merging.finetune import Settings
     from merging.training.optimizer import Averaging, adafactor, adamw
 
     gin_config.register(Settings, name="finetune")
     gin_config.register(Mixtures, name="mixtures")
+    gin_config.register(ValidationTasks, name="validation")
     gin_config.register(Observers, name="observers")
     gin_config.register(tasks.register, name="register")
     gin_config.register_models()
@@ -66,6 +68,8 @@ def configured(
         "tasks": gin_config.resolve(tasks.register, name="register").arguments,
         "mixtures": Mixtures(**gin_config.resolve(Mixtures, name="mixtures").arguments),
     }
+    by_tasks = gin_config.resolve(ValidationTasks, name="validation").arguments
+    arguments["validation"] = ValidationTasks(**by_tasks)
     observers = gin_config.resolve(Observers, name="observers").arguments
     arguments["observers"] = Observers(**observers)
     resolved = gin_config.resolve(Settings, name="finetune")
@@ -78,23 +82,22 @@ def finetune(
 ) -> Report | None:
     """Prints configuration and plan, trains, and prints the report, which it returns; None after a dry run."""
     from merging import finetune as stage
-    from merging.training.loop import Interrupted
+    from merging.interrupted import Interrupted
 
     command.quiet_libraries()
     settings, asked = resolved.arguments["settings"], resolved.arguments["mixtures"]
     is_shown = joined.index == 0
-    each = mixtures(
-        asked,
-        resolved.arguments["tasks"],
-        train_rows=settings.train_steps * settings.batch_size,
-    )
-    planned = stage.plan(settings, each, is_one=asked.names is None)
+    registered = resolved.arguments["tasks"]
+    by_tasks = validation(resolved.arguments["validation"], registered)
+    each = mixtures(asked, registered, train_rows=settings.train_steps * settings.batch_size)
+    planned = stage.plan(settings, each, is_one=asked.names is None, validation=by_tasks)
     if is_shown:
         print(f"{resolved.text}\n{planned.describe()}\n", flush=True)
     if is_dry_run:
         return None
     gc.freeze()  # what imports made stays out of the collector's way
     observers = resolved.arguments["observers"]
+    is_asked = preemption.should_stop(joined)
     with (
         Training(steps=settings.train_steps, is_shown=is_shown) as shown,
         observers.metrics() as write,
@@ -111,16 +114,11 @@ def finetune(
                 config_text=resolved.text,
                 log=shown.log,
                 write_metrics=write_metrics,
-                should_stop=preemption.should_stop(joined),
+                should_stop=lambda step: is_asked(),
                 trace=trace,
             )
         except Interrupted as stopped:
-            shown.log(f"{stopped}: its state is saved, the same command goes on from there")
-            is_stopped = True
-        else:
-            is_stopped = False
-    if is_stopped:  # here, where all that was written is whole
-        devices.end(exit_codes.PREEMPTED, joined)
+            preemption.end(stopped, shown.log, joined)
     if is_shown:
         print(report.describe(), flush=True)
     return report

@@ -28,7 +28,7 @@ class Mixtures:
       stream: pack while reading, for mixtures too big to be packed once.
       truncation: what inputs that are too long lose, "end" or "start".
       validation_split: None: no validation.
-      validation_rows: packed of it.
+      validation_rows: packed of it, at least 1.
     """
 
     name: str | None
@@ -40,6 +40,10 @@ class Mixtures:
     truncation: str = "end"
     validation_split: str | None = "validation"
     validation_rows: int = 1_024
+
+    def __post_init__(self) -> None:
+        if self.validation_rows < 1:
+            raise ValueError(f"VALIDATION_ROWS is {self.validation_rows}: it must be at least 1")
 
     @property
     def every(self) -> list[str]:
@@ -68,7 +72,7 @@ def mixtures(asked: Mixtures, registered: Mapping[str, Any], *, train_rows: int)
 def _mixture(name: str, asked: Mixtures, registered: Mapping[str, Any], train_rows: int) -> Mixture:
     from merging.finetune import Mixture
     from tasks import batches, identity, packing
-    from tasks.stream import Stream
+    from tasks.stream import NoExamples, Stream
 
     lengths = packing.Lengths.of(asked.lengths)
     rate_cap = registered["rate_cap"]
@@ -107,7 +111,12 @@ def _mixture(name: str, asked: Mixtures, registered: Mapping[str, Any], train_ro
     make_validation: Callable[[int, int, int], Source] | None = None
     split = asked.validation_split
     if split is not None and any(split in task.splits for task in train.tasks):
-        folder = pack(split=split, max_rows=asked.validation_rows)
+        try:
+            folder = pack(split=split, max_rows=asked.validation_rows)
+        except NoExamples as error:
+            raise NoExamples(
+                f"{error}: give another VALIDATION_SPLIT, or VALIDATION_SPLIT=None for none"
+            ) from error
         make_validation = functools.partial(_packed, folder, asked.seed)
         depends_on["validation"] = folder.name
     return Mixture(

@@ -124,7 +124,7 @@ class Training(_Shown):
             self._first = (now, step)
         is_due = self._told is None or now - self._told >= LINE_PERIOD_S or step == self._steps
         is_due |= step == self._told_step  # of other experts that are trained by the same step
-        if not is_due and "validation/loss" not in values:
+        if not is_due and not any(key.startswith("validation/") for key in values):
             return
         self._told, self._told_step = now, step
         shown = [
@@ -134,6 +134,7 @@ class Training(_Shown):
                 ("accuracy", "accuracy", ".3f"),
                 ("validation/loss", "validation loss", ".4f"),
                 ("validation/accuracy", "accuracy", ".3f"),
+                ("validation/score", "score", ".3f"),
                 ("tokens_per_s", "tokens/s", ",.0f"),
                 ("mfu", "MFU", ".1%"),
             )

@@ -4,11 +4,13 @@ r"""Shows what is in a checkpoint, how it was made, and how two checkpoints diff
   python -m launch.show /data/merged --norms --leaves='*mlp*'
   python -m launch.show /data/base /data/merged
   python -m launch.show /data/merged --verify
+  python -m launch.show /data/state --params_path=params
 
 Leaves with shape, dtype and bytes, from headers alone; with --norms L2 norms, largest magnitudes and how many elements
 are NaN or infinite, which reads everything once. Two checkpoints are compared leaf by leaf, second minus first, and
 leaves that are equal in every element are only counted. --verify reads what this program wrote again and compares it
-with the checksums of the manifest, piece by piece; the exit code is 1 where any differs.
+with the checksums of the manifest, piece by piece, with what lies beside the parameters; the exit code is 1 where any differs.
+Of a train state (Orbax, T5X) the parameters are shown: where they are the manifest says, or --params_path.
 """
 
 from __future__ import annotations
@@ -34,6 +36,12 @@ LEAVES = flags.DEFINE_string(
     "*",
     "Only leaves whose name, as stored or with / for each dot, is like this: '*mlp*'.",
 )
+PARAMS_PATH = flags.DEFINE_list(
+    "params_path",
+    None,
+    "Where the parameters are in the tree of a train state, keys joined by /; empty: the whole tree is shown. Of two"
+    " checkpoints one for both, or two with a comma between.",
+)
 STACKED = flags.DEFINE_list(
     "stacked", [], "Where `scan` stacked layers: PATTERN=AXIS, as in 'decoder/layers/*=1'."
 )
@@ -48,6 +56,7 @@ def main(argv: Sequence[str]) -> None:
             argv[1:],
             leaves=LEAVES.value,
             stacked=STACKED.value,
+            params_path=() if PARAMS_PATH.value is None else PARAMS_PATH.value or [""],
             has_norms=NORMS.value,
             is_verified=VERIFY.value,
         ):
@@ -63,6 +72,7 @@ def shown(
     *,
     leaves: str = "*",
     stacked: Sequence[str] = (),
+    params_path: Sequence[str] = (),
     has_norms: bool = False,
     is_verified: bool = False,
 ) -> Iterator[str]:
@@ -78,9 +88,11 @@ def shown(
     patterns = Stacked(dict(_pattern(item) for item in stacked))
     readers, specs = [], []
     with contextlib.ExitStack() as opened:
-        for path in paths:
+        for path, given in zip(paths, _of_each(params_path, len(paths)), strict=True):
             how = _manifest(path)
-            readers.append(opened.enter_context(contextlib.closing(open_checkpoint(path))))
+            where = how.get("params_path") if given is None else given
+            reader = open_checkpoint(path, params_path=where)
+            readers.append(opened.enter_context(contextlib.closing(reader)))
             every = with_stacked(readers[-1].specs(), patterns)
             specs.append(inspect.matching(every, leaves, where=path))
             yield path
@@ -89,7 +101,7 @@ def shown(
             yield _total(specs[-1])
             yield from _made(how)
             if is_verified:
-                yield from _verified(readers[-1], how)
+                yield from _verified(path, readers[-1], how)
         if len(paths) == 2:
             yield from _difference(*readers, *specs)
 
@@ -111,15 +123,24 @@ def _leaves(reader: Reader, specs: Mapping[str, LeafSpec], *, has_norms: bool) -
     yield row(f"{total.norm:.6g}", f"{total.largest:.6g}", f"{total.not_finite:,}") + "  all leaves"
 
 
-def _verified(reader: Reader, how: Mapping[str, Any]) -> Iterator[str]:
+def _of_each(params_path: Sequence[str], number: int) -> list[str | None]:
+    """The flag for each of so many checkpoints; None where it isn't given."""
+    if len(params_path) > 1 and len(params_path) != number:
+        raise ValueError(f"--params_path has {len(params_path)} paths for {number} checkpoints")
+    return [*params_path] if len(params_path) == number else [*(params_path or [None])] * number
+
+
+def _verified(path: str, reader: Reader, how: Mapping[str, Any]) -> Iterator[str]:
     """Raises ValueError after the last line if anything differs."""
-    from merging.checkpoints import checksums
+    from merging.checkpoints import checksums, open_checkpoint
     from merging.checkpoints.format import CheckpointError
 
     if "checksums" not in how:
         raise CheckpointError(
             f"{reader.location} has no manifest with checksums: only what this program wrote can be verified"
         )
+    if how.get("params_path") is not None:  # its checksums are of the whole tree
+        reader = open_checkpoint(path, params_path="")
     nbytes = pieces = wrong = 0
     for read, problem in checksums.verify(reader, how["checksums"]):
         nbytes, pieces, wrong = nbytes + read, pieces + 1, wrong + (problem is not None)

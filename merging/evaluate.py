@@ -28,10 +28,12 @@ from merging.evaluation.collect import (
 )
 from merging.evaluation.evaluator import Evaluator, Options
 from merging.evaluation.examples import Task
+from merging.interrupted import Interrupted, ShouldStop, never
 from merging.models import model_file
 from merging.models.config import DecoderConfig
 from merging.models.families import is_prefix_lm, model_of
-from merging.models.parameters import as_model, read_params
+from merging.models.parameters import read_params
+from merging.models.trees import as_model
 from merging.partitioning import MeshShape, mesh_of
 
 # Tokens of one model, without padding and what is generated, after which its scores so far are put on disk, at the next end
@@ -225,6 +227,7 @@ def run(
     config_text: str = "",
     progress: Progress = lambda what, done, total: None,
     log: Callable[[str], None] = lambda text: None,
+    should_stop: ShouldStop = never,
 ) -> Report:
     """Evaluates what is missing.
 
@@ -232,6 +235,9 @@ def run(
       config_text: goes into the manifest.
       progress: hears of examples.
       log: hears of what is not as usual.
+      should_stop: asked between batches, the same on all hosts.
+
+    Raises Interrupted where asked to stop: what was saved by then is gone on with.
     """
     settings = planned.settings
     output = epath.Path(settings.output_dir)
@@ -239,7 +245,7 @@ def run(
         scores = ScoresFile(output / SCORES).scores
         return Report(scores=scores, ties=total_ties(scores), was_done=True)
     with contextlib.closing(manifest.Staging(output)) as staging:
-        return _run(planned, staging, config_text, progress, log)
+        return _run(planned, staging, config_text, progress, log, should_stop)
 
 
 def _run(
@@ -248,6 +254,7 @@ def _run(
     config_text: str,
     progress: Progress,
     log: Callable[[str], None],
+    should_stop: ShouldStop,
 ) -> Report:
     settings = planned.settings
     started = time.monotonic()
@@ -273,14 +280,12 @@ def _run(
         params = read_params(path, config, mesh, params_path=settings.params_path)
         done = total - sum(len(task.examples) for task in missing)
         for part in _parts(evaluator, missing):
+            if should_stop():
+                raise Interrupted(f"stopped at {model_id}, {done:,} of {total:,} examples")
             before = done
-            results = evaluator(
-                params,
-                model_id,
-                tasks=part,
-                progress=functools.partial(_told, progress, model_id, before, total),
-            )
             done += sum(len(task.examples) for task in part)
+            told = functools.partial(_told, progress, should_stop, model_id, before, done, total)
+            results = evaluator(params, model_id, tasks=part, progress=told)
             examples += done - before
             if is_main:
                 _write(staging.folder, file, model_id, results, settings)
@@ -300,8 +305,19 @@ def _run(
     )
 
 
-def _told(progress: Progress, model_id: str, before: int, total: int, examples: int) -> None:
+def _told(
+    progress: Progress,
+    should_stop: ShouldStop,
+    model_id: str,
+    before: int,
+    after: int,
+    total: int,
+    examples: int,
+) -> None:
+    """Of a part, (before, after] of the examples: once it is whole it is saved first."""
     progress(model_id, before + examples, total)
+    if before + examples < after and should_stop():
+        raise Interrupted(f"stopped at {model_id}, {before:,} of {total:,} examples")
 
 
 def _write(

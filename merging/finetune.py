@@ -34,8 +34,9 @@ from merging.training.planning import Plan, plan
 from merging.training.settings import Mixture, Optimizer, Settings
 from merging.training.step import TrainState
 from merging.training.trainer import Trainer, recipe, trainer
+from merging.training.validation import SCORE, Validation
 
-__all__ = ["Mixture", "Optimizer", "Plan", "Report", "Settings", "plan", "run"]
+__all__ = ["Mixture", "Optimizer", "Plan", "Report", "Settings", "Validation", "plan", "run"]
 
 CHECKPOINTS = "checkpoints"
 
@@ -81,7 +82,11 @@ class Report:
             f"goodput    {self.goodput:.0%} of the time in steps; seconds of others: {told}",
         ]
         for name, values in self.metrics.items():
-            shown = ("loss", "accuracy", "validation/loss", "validation/accuracy")
+            shown = (
+                "loss",
+                "accuracy",
+                *(f"validation/{each}" for each in ("loss", "accuracy", SCORE)),
+            )
             found = ", ".join(f"{key} {values[key]:.4f}" for key in shown if key in values)
             lines.append(f"last       {name}: {found}" if name else f"last       {found}")
         return "\n".join(lines)
@@ -95,7 +100,6 @@ def run(
     write_metrics: Callable[[str, int, Mapping[str, float]], None] = lambda name, step, values: (
         None
     ),
-    evaluate: Callable[[str, Any, int], Mapping[str, float]] | None = None,
     should_stop: Callable[[int], bool] = lambda step: False,
     trace: Callable[[int], None] = lambda step: None,
 ) -> Report:
@@ -105,14 +109,13 @@ def run(
       config_text: the configuration as it was resolved, kept in the manifest.
       log: told in words.
       write_metrics: told (name of the expert, step, metrics by name) of the main process.
-      evaluate: (name of the mixture, parameters, step) -> metrics that go beside those of a validation.
       should_stop: (steps taken) -> whether to save the state and stop; the same on all hosts.
       trace: told (steps taken) before each step begins, for who takes a profile.
 
-    Raises loop.TrainingError for a loss that is not finite, loop.Interrupted when asked to stop, ValueError and OSError
-    for what is wrong on disk.
+    Raises loop.TrainingError for a loss that is not finite, interrupted.Interrupted when asked to stop, manifest.Busy where
+    another run is at work on the output, ValueError and OSError for what is wrong on disk.
     """
-    return _Run(planned, config_text, log, write_metrics, evaluate, should_stop, trace).run()
+    return _Run(planned, config_text, log, write_metrics, should_stop, trace).run()
 
 
 class _Run:
@@ -124,15 +127,13 @@ class _Run:
         config_text: str,
         log: Callable[[str], None],
         write_metrics: Callable[[str, int, Mapping[str, float]], None],
-        evaluate: Callable[[str, Any, int], Mapping[str, float]] | None,
         should_stop: Callable[[int], bool],
         trace: Callable[[int], None],
     ):
         self.started = time.perf_counter()
         self.plan, self.settings, self.mesh = planned, planned.settings, planned.mesh
         self.config_text, self.log = config_text, log
-        self.write_metrics, self.evaluate = write_metrics, evaluate
-        self.should_stop, self.trace = should_stop, trace
+        self.write_metrics, self.should_stop, self.trace = write_metrics, should_stop, trace
         self.spent = Seconds()
         self.tokens = self.steps = 0
         self.last: dict[str, dict[str, float]] = {name: {} for name in planned.mixtures}
@@ -142,13 +143,25 @@ class _Run:
         if plan.is_done:
             return self._report(was_done=True)
         with contextlib.closing(manifest.Staging(plan.output)) as staging:
-            was_whole = hosts.is_main() and staging.is_whole(plan.identity)
-            if hosts.is_main() and not was_whole:
-                staging.resume(plan.identity)
-            was_whole = hosts.of_main(was_whole)
+            was_whole = self._begin(staging)
             if not was_whole:
                 self._run(staging)
         return self._report(was_done=was_whole)
+
+    def _begin(self, staging: manifest.Staging) -> bool:
+        """Makes the staging folder, or goes on with it; whether the output is there but for its name. All hosts raise Busy."""
+        was_whole, busy = False, None
+        if hosts.is_main():
+            try:
+                was_whole = staging.is_whole(self.plan.identity)
+                if not was_whole:
+                    staging.resume(self.plan.identity)
+            except manifest.Busy as error:
+                busy = str(error)
+        was_whole, busy = hosts.of_main([was_whole, busy])
+        if busy is not None:
+            raise manifest.Busy(busy)
+        return was_whole
 
     def _run(self, staging: manifest.Staging) -> None:
         plan = self.plan
@@ -160,6 +173,11 @@ class _Run:
             params_path=self.settings.params_path,
             restore=self.settings.restore,
         )
+        self.evaluate = None
+        if plan.validation is not None:
+            self.evaluate = plan.validation.evaluator(
+                plan.config, self.mesh, vocabulary_chunks=self.settings.vocabulary_chunks
+            )
         for number, names in enumerate(plan.groups):
             folders = {n: staging.folder / n if n else staging.folder for n in names}
             done = {n: manifest.read(folder) for n, folder in folders.items() if n}
@@ -229,6 +247,7 @@ class _Run:
                 log=log_metrics,
                 checkpoints=kept,
                 validate=self._validation(program, mixtures, place),
+                judge=self._judge if s.is_judged else None,
                 should_stop=self.should_stop,
                 experts=None if program.experts is None else [m.name for m in mixtures],
                 trace=self.trace,
@@ -277,9 +296,22 @@ class _Run:
     def _validation(
         self, program: Trainer, mixtures: Sequence[Mixture], place: Placement
     ) -> Callable[[TrainState], Values] | None:
-        s = self.settings
-        if any(m.validation is None for m in mixtures):
+        """What a state is validated by: the loss where all mixtures have rows for it, and tasks where there are some."""
+        parts = []
+        if all(m.validation is not None for m in mixtures):
+            parts.append(self._losses(program, mixtures, place))
+        if self.evaluate is not None:
+            parts.append(self._scores(program, mixtures))
+        if not parts:
             return None
+        return lambda state: {
+            f"validation/{name}": value for part in parts for name, value in part(state).items()
+        }
+
+    def _losses(
+        self, program: Trainer, mixtures: Sequence[Mixture], place: Placement
+    ) -> Callable[[TrainState], Values]:
+        s = self.settings
         sources = [m.validation(s.batch_size, place.host, place.hosts) for m in mixtures]
 
         def batches() -> Iterator[Batch]:
@@ -287,26 +319,31 @@ class _Run:
             for _ in range(s.validation_batches):
                 yield place([next(reader)[0] for reader in readers])
 
-        def validate(state: TrainState) -> Values:
+        def losses(state: TrainState) -> Values:
             sums = [program.score(state, batch) for batch in batches()]
             total = jax.tree.map(lambda *each: np.sum(np.stack(each), 0), *jax.device_get(sums))
             weight = np.maximum(total.weight, 1e-30)
-            values = {
-                "validation/loss": total.cross_entropy / weight,
-                "validation/accuracy": total.correct / weight,
-            }
-            if self.evaluate is not None:
-                step = int(np.max(jax.device_get(state.step)))
-                found = [
-                    self.evaluate(m.name, program.params_of(state, i), step)
-                    for i, m in enumerate(mixtures)
-                ]
-                for key in found[0]:
-                    each = np.array([of_one[key] for of_one in found])
-                    values[f"validation/{key}"] = each if program.experts else each[0]
-            return values
+            return {"loss": total.cross_entropy / weight, "accuracy": total.correct / weight}
 
-        return validate
+        return losses
+
+    def _scores(
+        self, program: Trainer, mixtures: Sequence[Mixture]
+    ) -> Callable[[TrainState], Values]:
+        def scores(state: TrainState) -> Values:
+            found = [
+                self.evaluate(program.params_of(state, i), m.name) for i, m in enumerate(mixtures)
+            ]
+            if program.experts is None:
+                return found[0]
+            return {name: np.array([each[name] for each in found]) for name in found[0]}
+
+        return scores
+
+    def _judge(self, values: Values) -> float:
+        """What is to be low of a validation."""
+        value = float(np.mean(values[f"validation/{self.settings.best_metric}"]))
+        return value if self.settings.is_lowest_best else -value
 
     def _shown(self, values: Values, number: int, length: int) -> dict[str, float]:
         """The metrics of one expert as plain numbers."""
@@ -346,6 +383,7 @@ class _Run:
             "mesh": partitioning.describe(self.mesh),
             "metrics": {self.plan.mixtures[n].name: self.last[n] for n in names},
             "seconds": round(time.perf_counter() - self.started, 3),
+            "step_seconds": round(self.spent.steps, 3),
             "config": self.config_text,
         }
 

@@ -34,6 +34,7 @@ from merging.engine.statistics import Statistics, gather
 from merging.engine.step import Facts, in_worker, merge_step
 from merging.engine.stream import LoadedPiece, Stream
 from merging.engine.survey import MethodSurvey, survey
+from merging.interrupted import ShouldStop, never
 from merging.methods.method import TaskVectorMethod
 from merging.models import model_file
 
@@ -126,15 +127,17 @@ def run(
     config_text: str = "",
     progress: Progress | None = None,
     log: Callable[[str], None] | None = None,
+    should_stop: ShouldStop = never,
 ) -> Report:
     """Does what was planned and closes the plan's readers; arguments and errors as `merge_checkpoints`.
 
-    `config_text` is the configuration as it was resolved, kept in the manifest.
+    `config_text` is the configuration as it was resolved, kept in the manifest. `should_stop` is asked between pieces, by each
+    host at its own pace; where one hears True, all write their journals and raise Interrupted.
     """
     try:
-        return _Run(planned, progress or (lambda *_: None), log or (lambda _: None)).run(
-            config_text
-        )
+        return _Run(
+            planned, progress or (lambda *_: None), log or (lambda _: None), should_stop
+        ).run(config_text)
     finally:
         planned.close()
 
@@ -142,7 +145,13 @@ def run(
 class _Run:
     """One merge under way."""
 
-    def __init__(self, planned: Plan, progress: Progress, log: Callable[[str], None]):
+    def __init__(
+        self,
+        planned: Plan,
+        progress: Progress,
+        log: Callable[[str], None],
+        should_stop: ShouldStop,
+    ):
         self.started = time.perf_counter()
         self.plan = planned
         self.log = log
@@ -155,6 +164,7 @@ class _Run:
             seed=planned.settings.seed,
             limit=planned.limit,
             workers=planned.workers,
+            should_stop=should_stop,
         )
         self.peak = PeakResident()
         self.write_seconds = 0.0  # of all workers together
@@ -348,7 +358,7 @@ class _Run:
     ) -> None:
         """Gathers what all hosts know, writes statistics and manifests, and lets the output appear."""
         plan = self.plan
-        checksums = hosts.gather_json({name: each.checksums for name, each in outputs.each.items()})
+        recorded = hosts.gather_json({name: each.recorded() for name, each in outputs.each.items()})
         counts = hosts.combine(np.array([self.pieces, self.pieces_resumed], np.int64))
         statistics = hosts.gather_json(
             {name: s.to_vector().tolist() for name, s in statistics.items()}
@@ -376,8 +386,10 @@ class _Run:
                         dtype=plan.settings.output_dtype,
                         stacked=plan.stacked.patterns,
                     )
-                record = {**shared, "method": repr(method)}
-                record["checksums"] = {k: v for host in checksums for k, v in host[name].items()}
+                record = {**shared, "method": repr(method), **recorded[0][name]}
+                record["checksums"] = {
+                    k: v for host in recorded for k, v in host[name]["checksums"].items()
+                }
                 if name:
                     manifest.write(folder, record)
                 else:

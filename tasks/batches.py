@@ -29,7 +29,7 @@ import numpy as np
 
 from tasks import identity, mixing, packing, vocabularies
 from tasks.packing import Batch, Lengths, Tokens
-from tasks.stream import Stream
+from tasks.stream import NoExamples, Stream
 
 INDEX = "index.json"
 
@@ -106,6 +106,8 @@ class StreamedBatches:
       share: this host's rows.
       position: where to go on; None: the beginning.
       chunk: examples that are packed, and whose rows are shuffled, together. A restored run packs its chunk again.
+
+    Raises NoExamples where a whole epoch gives no row.
     """
 
     def __init__(
@@ -120,6 +122,8 @@ class StreamedBatches:
         self.position = dict(position or {"epoch": 0, "example": 0, "row": 0})
         self.start_id = vocabularies.start_id(stream.tasks[0].output_features["inputs"].vocabulary)
         self._rows: list[packing.Row] | None = None
+        # Whether this epoch gave a row; of what lies before a position that is given nothing is known.
+        self._has_rows = self.position["example"] > 0
         self._reader: Iterator[Tokens] | None = None
 
     def __iter__(self) -> StreamedBatches:
@@ -146,6 +150,7 @@ class StreamedBatches:
             rows = list(packing.pack(examples, length=self.stream.lengths.row))
             order = np.random.default_rng([self.stream.seed, epoch, first]).permutation(len(rows))
             self._rows = [rows[number] for number in order]
+            self._has_rows |= bool(rows)
         return self._rows
 
     def _advance(self) -> None:
@@ -153,8 +158,10 @@ class StreamedBatches:
         self.position["row"] = 0
         self.position["example"] += self.chunk
         if self.position["example"] >= len(self.stream):
+            if not self._has_rows:
+                raise _without_rows(self.stream)
             self.position |= {"epoch": self.position["epoch"] + 1, "example": 0}
-            self._reader = None
+            self._reader, self._has_rows = None, False
 
 
 def pack_mixture(
@@ -185,7 +192,7 @@ def pack_mixture(
       rate_cap: see `mixing`.
 
     Raises:
-      ValueError: see `Stream`; and if there is no example.
+      ValueError: see `Stream`; NoExamples if there is no example.
     """
     stream = Stream(
         mixture, split=split, lengths=lengths, seed=seed, truncation=truncation, rate_cap=rate_cap
@@ -241,7 +248,7 @@ def _write(
         for file in files.values():
             file.close()
     if not counts["rows"]:
-        raise ValueError(f"{stream.mixture} has no {stream.split} example")
+        raise _without_rows(stream)
     index = {
         **counts,
         "full": counts["tokens"] / (counts["rows"] * stream.lengths.row),
@@ -252,6 +259,12 @@ def _write(
         "identity": depends_on,
     }
     (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+
+
+def _without_rows(stream: Stream) -> NoExamples:
+    return NoExamples(
+        f"{stream.mixture} has {len(stream):,} {stream.split} examples and none gives a row: its prompts passed over all"
+    )
 
 
 def _put(making: pathlib.Path, folder: pathlib.Path) -> None:

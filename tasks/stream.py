@@ -23,6 +23,10 @@ from tasks.packing import Lengths, Tokens, truncate
 BATCH = 64
 
 
+class NoExamples(ValueError):
+    """A mixture that gives nothing in a split."""
+
+
 class Stream:
     """Examples of a mixture as tokens.
 
@@ -35,7 +39,8 @@ class Stream:
       rate_cap: see `mixing`.
 
     Raises:
-      ValueError: for an unknown mixture, a split that it lacks, or a held-out dataset in what is trained on.
+      ValueError: for an unknown mixture, a split that it lacks, or a held-out dataset in what is trained on; NoExamples for
+        a split without any.
     """
 
     def __init__(
@@ -56,6 +61,8 @@ class Stream:
         self.tasks = [task for task in map(seqio.TaskRegistry.get, names) if split in task.splits]
         if not self.tasks:
             raise ValueError(f"no task of {mixture} has a split {split!r}")
+        if not len(self):
+            raise NoExamples(f"{mixture} has no {split} example")
 
     @functools.cached_property
     def counts(self) -> np.ndarray:
@@ -122,8 +129,8 @@ def _shuffled(task: seqio.Task, split: str, seed: int) -> tf.data.Dataset:
     )
 
 
-def refuse_held_out(mixture: str, names: tuple[str, ...]) -> None:
-    """Raises ValueError if something to be trained on holds a held-out dataset."""
+def refuse_held_out(mixture: str, names: tuple[str, ...], *, use: str = "trained on") -> None:
+    """Raises ValueError if something to be trained on, or chosen by, holds a held-out dataset."""
     infos = registry.task_infos()
     held_out = {}
     for name in names:
@@ -132,6 +139,6 @@ def refuse_held_out(mixture: str, names: tuple[str, ...]) -> None:
             held_out[found] = name
     if held_out:
         raise ValueError(
-            f"{mixture} can't be trained on: it holds {', '.join(held_out)}, held out to judge by (as {', '.join(held_out.values())})."
-            f" Train on {catalog.HELD_IN} or one of its categories."
+            f"{mixture} can't be {use}: it holds {', '.join(held_out)}, held out to judge by (as {', '.join(held_out.values())})."
+            f" Take {catalog.HELD_IN} or one of its categories."
         )

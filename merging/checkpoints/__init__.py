@@ -10,6 +10,8 @@ from etils import epath
 
 from merging.checkpoints import orbax, safetensors, t5x
 from merging.checkpoints.format import UNFINISHED_FILE, CheckpointError, LeafSpec, Reader, Writer
+from merging.checkpoints.huggingface import carried_files
+from merging.checkpoints.tree_writer import Tree
 from merging.checkpoints.trees import TreeReader
 
 # Writers by the names that FORMAT takes. Their arguments behind (folder, specs) are their own.
@@ -18,6 +20,13 @@ FORMATS: Mapping[str, Callable[..., Any]] = {
     "orbax": orbax.Writer,
     "t5x": t5x.Writer,
     "t5x_orbax": t5x.OrbaxWriter,
+}
+
+# What each of them writes that is a tree.
+_TREES: Mapping[str, Callable[..., Tree]] = {
+    "orbax": orbax.plan,
+    "t5x": t5x.plan,
+    "t5x_orbax": t5x.plan_orbax,
 }
 
 _STEP = re.compile(r"(?:[A-Za-z0-9-]+_)?\d+")
@@ -86,6 +95,31 @@ def _format_of(path: epath.Path) -> str:
     return "safetensors"  # whose reader says what it wanted and what is there
 
 
+def check_writable(
+    name: str,
+    specs: Mapping[str, LeafSpec],
+    *,
+    like: Reader,
+    carry_from: epath.PathLike | None = None,
+    shard_bytes: int,
+    dtype: str | None = None,
+    optimizer_state: str = "drop",
+) -> Mapping[str, LeafSpec]:
+    """What `open_writer` would write beside the parameters, by names from the root; from headers alone, arguments as there.
+
+    Raises ValueError for what the format can't hold, as `open_writer` does, and CheckpointError for files that can't go along.
+    """
+    if name == "safetensors":
+        if optimizer_state != "drop":
+            raise ValueError(
+                "safetensors files hold parameters only: choose FORMAT='orbax' or 't5x', or OPTIMIZER_STATE='drop'"
+            )
+        safetensors.check(specs, shard_bytes=shard_bytes, carry_from=carry_from, config_dtype=dtype)
+        return {}
+    like = like if isinstance(like, TreeReader) else None
+    return _TREES[name](specs, like=like, optimizer_state=optimizer_state).beside
+
+
 def open_writer(
     name: str,
     folder: epath.PathLike,
@@ -106,7 +140,7 @@ def open_writer(
       name: of the format.
       folder, specs: where, and all leaves in storage order.
       like: the checkpoint whose tree, beside the parameters, the output takes over, where the format has one.
-      carry_from: a Hugging Face folder whose config and tokenizer go along with safetensors.
+      carry_from: a folder whose files of Hugging Face's, config and tokenizer, go along where it has them.
       shard_bytes: of data per file of safetensors, at most.
       dtype: what config.json shall say of the weights' type; None leaves it.
       optimizer_state: "drop", or "base": with what `like` holds beside the parameters.
@@ -114,8 +148,18 @@ def open_writer(
 
     Processes share a folder: all others commit before process 0 does. Raises ValueError for what the format can't hold.
     """
+    check_writable(
+        name,
+        specs,
+        like=like,
+        carry_from=carry_from,
+        shard_bytes=shard_bytes,
+        dtype=dtype,
+        optimizer_state=optimizer_state,
+    )
     if name != "safetensors":
-        return FORMATS[name](
+        carried = carried_files(carry_from, dtype) if process_index == 0 else {}
+        writer = FORMATS[name](
             folder,
             specs,
             like=like if isinstance(like, TreeReader) else None,
@@ -124,11 +168,8 @@ def open_writer(
             process_count=process_count,
             is_resumed=is_resumed,
         )
-    if optimizer_state != "drop":
-        raise ValueError(
-            f"OPTIMIZER_STATE is {optimizer_state!r}, but safetensors files hold parameters only:"
-            " choose FORMAT='orbax' or 't5x', or OPTIMIZER_STATE='drop'"
-        )
+        writer.carry(carried)
+        return writer
     # Shards are what processes share out among themselves, so there must be enough of them.
     total = sum(spec.nbytes for spec in specs.values())
     shard_bytes = min(shard_bytes, max(1, -(-total // process_count)))

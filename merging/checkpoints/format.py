@@ -96,7 +96,14 @@ class Writer(Protocol):
 
     One that is made with `is_resumed` goes on where an earlier one with the same arguments, killed or closed, was: boxes
     that `holds` says are there can be read (`stored`) and, where they are right, be written with `is_stored`.
+
+    Attributes:
+      params_path: where the leaves lie in the output's tree, keys joined by `/`; None where the format has no tree.
+      checksums_beside: after `commit`, of what this writer put beside them, as `checksums` has them, by names from the root.
     """
+
+    params_path: str | None
+    checksums_beside: Mapping[str, Mapping[str, str]]
 
     @property
     def names_mine(self) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -68,6 +69,9 @@ class Reader:
 
 class Writer:
     """Fills numpy arrays; `arrays` is empty until `commit`."""
+
+    params_path = None
+    checksums_beside: Mapping[str, Mapping[str, str]] = types.MappingProxyType({})
 
     def __init__(self, specs: Mapping[str, LeafSpec]):
         self._arrays = {name: np.empty(spec.shape, spec.dtype) for name, spec in specs.items()}

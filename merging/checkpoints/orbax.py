@@ -37,9 +37,12 @@ from merging.checkpoints.tree_writer import (
     DatabaseStore,
     FolderStore,
     Leaf,
+    Tree,
     TreeWriter,
     assembler,
     naming,
+    plan_tree,
+    specs_of,
     sync_folder,
     sync_tree,
 )
@@ -256,6 +259,27 @@ def group(blobs: Mapping[str, Blob]) -> dict[str, dict[str, Blob]]:
 STORAGES = ("ocdbt", "zarr", "zarr3")
 
 
+def plan(
+    specs: Mapping[str, LeafSpec],
+    *,
+    like: TreeReader | None = None,
+    optimizer_state: str = "drop",
+    params_path: str | None = None,
+    extra: Mapping[str, LeafSpec] | None = None,
+) -> Tree:
+    """The tree that `Writer` writes; arguments and errors as of `plan_tree`."""
+    tree = plan_tree(
+        specs, like=like, optimizer_state=optimizer_state, params_path=params_path, extra=extra
+    )
+    for path, value in tree.constants.items():
+        if _kind(value) is None:
+            raise ValueError(
+                f"{name_of(path)} of the base is {show(value)} and no array, which Orbax does not store; use"
+                " OPTIMIZER_STATE='drop'"
+            )
+    return tree
+
+
 class Writer(TreeWriter):
     """An Orbax checkpoint being written; see `TreeWriter` for the arguments, and the module there for several processes.
 
@@ -286,12 +310,18 @@ class Writer(TreeWriter):
         self._item, self._storage = item, storage
         self._tree = epath.Path(folder) / item if item else epath.Path(folder)
         database = self._tree / f"ocdbt.process_{process_index}"
-        super().__init__(
-            folder,
+        tree = plan(
             specs,
             like=like,
             optimizer_state=optimizer_state,
             params_path=params_path,
+            extra=specs_of(extra or {}),
+        )
+        super().__init__(
+            folder,
+            specs,
+            tree,
+            like=like,
             chunk_bytes=chunk_bytes,
             process_index=process_index,
             process_count=process_count,
@@ -300,11 +330,6 @@ class Writer(TreeWriter):
             is_resumed=is_resumed,
             extra=extra,
         )
-        for leaf in self._leaves.values():
-            if leaf.spec.dtype not in zarr.DTYPES.values():
-                raise ValueError(
-                    f"leaf {leaf.spec.name} is {leaf.spec.dtype}, which Orbax does not store"
-                )
 
     def _begin(self, leaf: Leaf) -> Assembler:
         chunk = chunk_shape(leaf.spec, self._chunk_bytes)
@@ -320,7 +345,7 @@ class Writer(TreeWriter):
         self._tree.mkdir(parents=True, exist_ok=True)
         if self._storage == "ocdbt":
             self._join()
-        strings = {stored_name(p): v for p, v in self._constants.items() if isinstance(v, str)}
+        strings = {stored_name(p): v for p, v in self.tree.constants.items() if isinstance(v, str)}
         if strings:
             put_file(self._tree / _STRINGS_FILE, json.dumps(strings).encode())
         put_file(self._tree / METADATA_FILE, json.dumps(self._metadata()).encode())
@@ -349,7 +374,7 @@ class Writer(TreeWriter):
 
     def _metadata(self) -> dict[str, Any]:
         kinds: dict[Path, str] = {leaf.path: "np.ndarray" for leaf in self._leaves.values()}
-        kinds |= {path: _kind(value) for path, value in self._constants.items()}
+        kinds |= {path: _kind(value) for path, value in self.tree.constants.items()}
         return {
             "tree_metadata": {
                 str(tuple(map(str, path))): {
@@ -382,10 +407,11 @@ class Writer(TreeWriter):
         }
 
 
-def _kind(value: Constant) -> str:
+def _kind(value: Constant) -> str | None:
+    """What Orbax calls a value that is no array; None for one that it has no name for."""
     if isinstance(value, str):
         return "string"
-    return next(kind for kind, empty in _EMPTY.items() if type(empty) is type(value))
+    return next((kind for kind, empty in _EMPTY.items() if type(empty) is type(value)), None)
 
 
 def _in_tree_order(paths: list[Path], depth: int = 0) -> list[Path]:

@@ -34,6 +34,7 @@ from merging.checkpoints.huggingface import (
     carried_files,
     find_weights,
     index_json,
+    put_carried,
     shard_names,
 )
 from merging.checkpoints.safetensors_header import build_header, read_header, refuse, show
@@ -195,6 +196,19 @@ def plan_shards(specs: Mapping[str, LeafSpec], shard_bytes: int) -> list[list[st
     return shards
 
 
+def check(
+    specs: Mapping[str, LeafSpec],
+    *,
+    shard_bytes: int,
+    carry_from: epath.PathLike | None = None,
+    config_dtype: str | None = None,
+) -> None:
+    """Raises what `Writer` raises before anything is written; arguments as there."""
+    for names in plan_shards(specs, shard_bytes):
+        build_header([specs[name] for name in names], _METADATA)
+    carried_files(carry_from, config_dtype)
+
+
 class Writer:
     """A checkpoint being written into a staging folder, which the caller renames when all is done. Thread-safe.
 
@@ -215,6 +229,9 @@ class Writer:
     Raises ValueError for a leaf that the format can't hold, CheckpointError for a config that can't
     be carried, both before anything is written. OSErrors name the file.
     """
+
+    params_path = None
+    checksums_beside: Mapping[str, Mapping[str, str]] = types.MappingProxyType({})
 
     def __init__(
         self,
@@ -315,9 +332,8 @@ class Writer:
         self._raise_disk_errors()
         if self._is_main:
             if len(self.shards) > 1:
-                self._put(INDEX_FILE, index_json(self.shards, self._specs))
-            for name, content in self._carried.items():
-                self._put(name, content if isinstance(content, bytes) else content.read_bytes())
+                put_file(self._folder / INDEX_FILE, index_json(self.shards, self._specs))
+            put_carried(self._folder, self._carried)
         sync(self._folder)
 
     def close(self) -> None:
@@ -343,10 +359,6 @@ class Writer:
             if not shard.is_closing:
                 shard.is_closing = True
                 self._closing.append(self._disk.submit(shard.sink.close))
-
-    def _put(self, name: str, content: bytes) -> None:
-        """A small file, whole."""
-        put_file(self._folder / name, content)
 
     def _raise_disk_errors(self) -> None:
         for task in self._closing:

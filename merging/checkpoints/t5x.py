@@ -22,7 +22,7 @@ import numpy as np
 from etils import epath
 
 from merging.checkpoints import msgpack_file, orbax, zarr
-from merging.checkpoints.boxes import Assembler, chunk_shape
+from merging.checkpoints.boxes import Assembler, chunk_shape, whole
 from merging.checkpoints.folder import Blob, Folder
 from merging.checkpoints.format import CheckpointError, LeafSpec
 from merging.checkpoints.msgpack_file import InlineArray
@@ -32,8 +32,11 @@ from merging.checkpoints.tree_writer import (
     CHUNK_BYTES,
     FolderStore,
     Leaf,
+    Tree,
     TreeWriter,
     assembler,
+    plan_tree,
+    specs_of,
     sync_folder,
 )
 from merging.checkpoints.trees import Constant, Path, Stored, TreeReader, check_paths, name_of
@@ -45,6 +48,8 @@ _VERSION = 3
 _PLACEHOLDER = "PLACEHOLDER://"
 _TENSORFLOW = b"model_checkpoint_path"  # begins the file of that name that TensorFlow writes
 _ITEM = "state"
+_STEP = f"{_ITEM}/step"
+_MAX_FOLDER_BYTES = 255  # of a name, on most file systems
 
 # What T5X's Adafactor keeps of a matrix's second moments. T5X gives these no axes of a mesh, and restores what has none
 # from the msgpack file alone.
@@ -191,21 +196,65 @@ def _refuse_tensorflow(folder: Folder) -> None:
 
 def _extra(like: TreeReader | None, step: int | None) -> dict[str, np.ndarray]:
     """The step, which T5X wants even where the rest of the state is dropped."""
-    if step is None and like is not None and "state/step" in like.rest:
-        return {"state/step": like.read_rest("state/step", ())}
-    return {"state/step": np.asarray(step or 0, np.int32)}
+    if step is None and like is not None and _STEP in like.rest:
+        return {_STEP: like.read_rest(_STEP, whole(like.rest[_STEP].shape))}
+    return {_STEP: np.asarray(step or 0, np.int32)}
 
 
-def _check_tree(writer: TreeWriter) -> None:
+def plan(
+    specs: Mapping[str, LeafSpec],
+    *,
+    like: TreeReader | None = None,
+    optimizer_state: str = "drop",
+    extra: Mapping[str, LeafSpec] | None = None,
+) -> Tree:
+    """The tree that `Writer` writes; arguments and errors as of `plan_tree`."""
+    tree = plan_tree(
+        specs,
+        like=like,
+        optimizer_state=optimizer_state,
+        params_path=TARGET,
+        extra=_step_spec(like) if extra is None else extra,
+    )
+    _check_tree(tree)
+    for leaf in tree.leaves.values():
+        if len(leaf.stored.encode()) > _MAX_FOLDER_BYTES:
+            raise ValueError(
+                f"leaf {show(leaf.spec.name)} has a name of more than {_MAX_FOLDER_BYTES} bytes, too long for the folder that T5X"
+                " stores it in: use FORMAT='t5x_orbax'"
+            )
+    return tree
+
+
+def plan_orbax(
+    specs: Mapping[str, LeafSpec], *, like: TreeReader | None = None, optimizer_state: str = "drop"
+) -> Tree:
+    """The tree that `OrbaxWriter` writes; arguments and errors as of `plan_tree`."""
+    tree = orbax.plan(
+        specs,
+        like=like,
+        optimizer_state=optimizer_state,
+        params_path=TARGET,
+        extra=_step_spec(like),
+    )
+    _check_tree(tree)
+    return tree
+
+
+def _step_spec(like: TreeReader | None) -> dict[str, LeafSpec]:
+    """Of what `_extra` gives, from headers alone."""
+    if like is not None and _STEP in like.rest:
+        return {_STEP: like.rest[_STEP]}
+    return {_STEP: LeafSpec(name=_STEP, shape=(), dtype=np.dtype(np.int32))}
+
+
+def _check_tree(tree: Tree) -> None:
     """Raises ValueError unless what goes beside the parameters is T5X's."""
-    strange = [
-        name
-        for name in writer.leaf_names
-        if name.split("/")[0] not in (TARGET, _ITEM, "flax_mutables")
-    ]
+    names = [*tree.leaves, *map(name_of, tree.constants)]
+    strange = [n for n in names if n.split("/")[0] not in (TARGET, _ITEM, "flax_mutables")]
     if strange:
         raise ValueError(
-            f"T5X has no place for {show(strange)}: the base is no train state of T5X; use OPTIMIZER_STATE='drop'"
+            f"T5X has no place for {show(strange)}, which no train state of T5X has: use OPTIMIZER_STATE='drop'"
         )
 
 
@@ -234,26 +283,21 @@ class Writer(TreeWriter):
         process_count: int = 1,
         is_resumed: bool = False,
     ):
+        extra = _extra(like, step)
+        tree = plan(specs, like=like, optimizer_state=optimizer_state, extra=specs_of(extra))
         super().__init__(
             folder,
             specs,
+            tree,
             like=like,
-            optimizer_state=optimizer_state,
-            params_path=TARGET,
             chunk_bytes=chunk_bytes,
             process_index=process_index,
             process_count=process_count,
             store=FolderStore(epath.Path(folder)),
             version=2,
             is_resumed=is_resumed,
-            extra=_extra(like, step),
+            extra=extra,
         )
-        _check_tree(self)
-        for leaf in self._leaves.values():
-            if leaf.spec.dtype not in zarr.DTYPES.values():
-                raise ValueError(
-                    f"leaf {leaf.spec.name} is {leaf.spec.dtype}, which T5X does not store"
-                )
         self._gzip_level = gzip_level
         self._inline: dict[str, np.ndarray] = {}
 
@@ -283,7 +327,7 @@ class Writer(TreeWriter):
         tree: dict[str, Any] = {}
         for leaf in self._leaves.values():
             _put(tree, leaf.path, self._entry(leaf))
-        for path, value in self._constants.items():
+        for path, value in self.tree.constants.items():
             # Lists and tuples are maps in flax's state dicts.
             _put(tree, path, {} if value in ([], ()) else value)
         tree.setdefault(_ITEM, {}).setdefault("param_states", {})
@@ -340,7 +384,7 @@ class OrbaxWriter(orbax.Writer):
             is_resumed=is_resumed,
             extra=_extra(like, step),
         )
-        _check_tree(self)
+        _check_tree(self.tree)
 
 
 def _put(tree: dict[str, Any], path: Path, value: Any) -> None:

@@ -26,7 +26,9 @@ import numpy as np
 from etils import epath
 
 from merging.checkpoints import boxes, storage, zarr
+from merging.checkpoints.checksums import box_text, checksum
 from merging.checkpoints.format import CheckpointError, Index, LeafSpec
+from merging.checkpoints.huggingface import put_carried
 from merging.checkpoints.left import Left
 from merging.checkpoints.ocdbt import MANIFEST, kvstore
 from merging.checkpoints.safetensors_header import show
@@ -66,35 +68,111 @@ class Leaf:
         return stored_name(self.path)
 
 
+@dataclasses.dataclass(frozen=True)
+class Tree:
+    """A tree to be written, known from headers alone.
+
+    Attributes:
+      params_path: where the parameters go, keys joined by `/`; "" is the root.
+      leaves: all arrays, by their names from the root.
+      rest: what is copied from the base beside the parameters, by the same names.
+      extra: what a format adds to that.
+      constants: what is no array.
+    """
+
+    params_path: str
+    leaves: Mapping[str, Leaf]
+    rest: Mapping[str, LeafSpec]
+    extra: Mapping[str, LeafSpec]
+    constants: Mapping[Path, Constant]
+
+    @property
+    def beside(self) -> dict[str, LeafSpec]:
+        """All that is not parameters."""
+        return {**self.rest, **self.extra}
+
+    def rooted(self, name: str) -> str:
+        """The name of a parameter from the root."""
+        return _rooted(self.params_path, name)
+
+
+def plan_tree(
+    specs: Mapping[str, LeafSpec],
+    *,
+    like: TreeReader | None,
+    optimizer_state: str,
+    params_path: str | None,
+    extra: Mapping[str, LeafSpec] | None = None,
+) -> Tree:
+    """The tree that a `TreeWriter` writes; arguments as there, `extra` without what `like` has of it.
+
+    Raises ValueError for names, dtypes and choices that no format of trees can hold.
+    """
+    if optimizer_state not in OPTIMIZER_STATES:
+        raise ValueError(
+            f"optimizer_state is {optimizer_state!r}, wanted one of {OPTIMIZER_STATES}"
+        )
+    if optimizer_state == "base" and like is None:
+        raise ValueError(
+            "only checkpoints that are trees (Orbax, T5X) hold more than parameters: use OPTIMIZER_STATE='drop'"
+        )
+    if params_path is None:
+        params_path = like.structure.params_path if like else ""
+    rest = dict(like.rest) if like is not None and optimizer_state == "base" else {}
+    extra = {name: spec for name, spec in (extra or {}).items() if name not in rest}
+    everything = {_rooted(params_path, name): spec for name, spec in specs.items()} | rest | extra
+    tree = Tree(
+        params_path=params_path,
+        leaves={
+            name: Leaf(_path(name, params_path, like), dataclasses.replace(spec, name=name))
+            for name, spec in everything.items()
+        },
+        rest=rest,
+        extra=extra,
+        constants=_carried_constants(params_path, like, optimizer_state),
+    )
+    try:
+        check_paths((leaf.path for leaf in tree.leaves.values()), "the tree to be written")
+    except CheckpointError as error:
+        raise ValueError(str(error)) from None
+    for name, leaf in tree.leaves.items():
+        if leaf.spec.dtype not in zarr.DTYPES.values():
+            raise ValueError(
+                f"leaf {name} is {leaf.spec.dtype}, which Orbax and T5X do not store; wanted one of"
+                f" {', '.join(zarr.DTYPES)}"
+            )
+    return tree
+
+
 class TreeWriter:
     """A checkpoint being written into a staging folder, which the caller renames when all is done.
 
     Args:
       folder: exists; only this writer's own files are made or removed in it.
       specs: the parameters in storage order.
+      tree: what is written, see `plan_tree`.
       like: the base, whose tree the output takes over: which keys are places in lists, what is no array, and where the
         parameters are. None: all keys are those of dictionaries.
-      optimizer_state: "base" copies what `like` holds beside the parameters (a share by each process, in `commit`);
-        "drop" leaves it out.
-      params_path: where the parameters go, keys joined by `/`; default as in `like`, or the root.
       chunk_bytes: of a stored chunk, at most.
       process_index, process_count: of this process among those that write. 0 is the main one.
       version: of zarr.
       is_resumed: chunks that an earlier writer with the same arguments left are gone on with. What is copied beside the
         parameters is copied again.
-      extra: small arrays by name from the root, written by the main process.
+      extra: the arrays of `tree.extra`, written by the main process.
 
-    Raises ValueError for names, dtypes or choices that the format can't hold, before anything is written.
+    Formats also take, for `plan_tree`:
+      optimizer_state: "base" copies what `like` holds beside the parameters (a share by each process, in `commit`);
+        "drop" leaves it out.
+      params_path: where the parameters go, keys joined by `/`; default as in `like`, or the root.
     """
 
     def __init__(
         self,
         folder: epath.PathLike,
         specs: Mapping[str, LeafSpec],
+        tree: Tree,
         *,
         like: TreeReader | None,
-        optimizer_state: str,
-        params_path: str | None,
         chunk_bytes: int,
         process_index: int,
         process_count: int,
@@ -103,64 +181,44 @@ class TreeWriter:
         is_resumed: bool,
         extra: Mapping[str, np.ndarray] | None = None,
     ):
-        if optimizer_state not in OPTIMIZER_STATES:
-            raise ValueError(
-                f"optimizer_state is {optimizer_state!r}, wanted one of {OPTIMIZER_STATES}"
-            )
-        if optimizer_state == "base" and like is None:
-            raise ValueError("optimizer_state='base' needs a base that is a tree (Orbax or T5X)")
         assert 0 <= process_index < process_count
         self._folder = epath.Path(folder)
         self._store = store
         self._chunk_bytes = chunk_bytes
         self.is_main = process_index == 0
         self._like = like
-        self._params = (
-            (like.structure.params_path if like else "") if params_path is None else params_path
-        )
-        rest = dict(like.rest) if like is not None and optimizer_state == "base" else {}
-        self._extra = {name: np.asarray(a) for name, a in (extra or {}).items() if name not in rest}
-        everything = {self._rooted(name): spec for name, spec in specs.items()} | rest
-        everything |= {
-            name: LeafSpec(name=name, shape=a.shape, dtype=a.dtype)
-            for name, a in self._extra.items()
-        }
-        self._leaves = {
-            name: Leaf(self._path(name), dataclasses.replace(spec, name=name))
-            for name, spec in everything.items()
-        }
-        self._constants = self._carried_constants(optimizer_state)
-        try:
-            check_paths((leaf.path for leaf in self._leaves.values()), self._folder)
-        except CheckpointError as error:
-            raise ValueError(str(error)) from None
+        self.tree = tree
+        self.params_path = tree.params_path
+        self.checksums_beside: dict[str, dict[str, str]] = {}
+        self._leaves = tree.leaves
+        self._extra = {name: (extra or {})[name] for name in tree.extra}
         self.names_mine = _share(specs, process_index, process_count, self._is_inline)
         self._mine = frozenset(self.names_mine)
         owners = (
-            0 if self._is_inline(s) else i % process_count for i, s in enumerate(rest.values())
+            0 if self._is_inline(s) else i % process_count for i, s in enumerate(tree.rest.values())
         )
         self._rest_mine = [
-            n for n, owner in zip(rest, owners, strict=True) if owner == process_index
+            n for n, owner in zip(tree.rest, owners, strict=True) if owner == process_index
         ]
         self._assemblers: dict[str, boxes.Assembler] = {}
         self._lock = threading.Lock()  # guards _assemblers
         self._done: set[str] = set()
         self._version = version
         self._left = store.left() if is_resumed else None
+        self._carried: Mapping[str, epath.Path | bytes] = {}
 
-    @property
-    def leaf_names(self) -> list[str]:
-        """Of all arrays of the tree, by their names from the root."""
-        return list(self._leaves)
+    def carry(self, files: Mapping[str, epath.Path | bytes]) -> None:
+        """Small files that the main process puts beside the checkpoint; see `huggingface.carried_files`. Told before `commit`."""
+        self._carried = files
 
     def write(self, name: str, index: Index, array: np.ndarray, *, is_stored: bool = False) -> None:
         """Stores a box, [*box] in the leaf's dtype: one of `names_mine`. See `format.Writer` for the order."""
         assert name in self._mine, f"{name} is not a leaf of this process's"
-        self._put(self._rooted(name), index, array, is_stored=is_stored)
+        self._put(self.tree.rooted(name), index, array, is_stored=is_stored)
 
     def holds(self, name: str, index: Index) -> bool:
         """Whether an earlier writer left all chunks that a box touches. Those that it was putting together are lost."""
-        leaf = self._leaves[self._rooted(name)]
+        leaf = self._leaves[self.tree.rooted(name)]
         if self._left is None or self._is_inline(leaf.spec):
             return False
         chunk = boxes.chunk_shape(leaf.spec, self._chunk_bytes)
@@ -168,7 +226,7 @@ class TreeWriter:
 
     def stored(self, name: str, index: Index) -> np.ndarray:
         """A box as an earlier writer left it; see `format.Writer`."""
-        leaf = self._leaves[self._rooted(name)]
+        leaf = self._leaves[self.tree.rooted(name)]
         chunk = boxes.chunk_shape(leaf.spec, self._chunk_bytes)
         return self._left.read(leaf.stored, leaf.spec, chunk, self._version, index)
 
@@ -176,11 +234,11 @@ class TreeWriter:
         """All this process wrote is on disk; if it is the main one, the checkpoint is there. See the module on order."""
         for name in self._rest_mine:
             for index in self._boxes(name):
-                self._put(name, index, self._like.read_rest(name, index))
-        mine = [self._rooted(name) for name in self.names_mine] + self._rest_mine
+                self._put_beside(name, index, self._like.read_rest(name, index))
+        mine = [self.tree.rooted(name) for name in self.names_mine] + self._rest_mine
         if self.is_main:
             for name, array in self._extra.items():
-                self._put(name, boxes.whole(array.shape), array)
+                self._put_beside(name, boxes.whole(array.shape), array)
             mine += self._extra
         for name in mine:
             if not self._leaves[name].spec.size and name not in self._done:
@@ -192,6 +250,7 @@ class TreeWriter:
         if self.is_main:
             for path in self._made_last():
                 remove(path)  # of a writer that was killed in here
+            put_carried(self._folder, self._carried)
             self._finish()
 
     def close(self) -> None:
@@ -230,41 +289,55 @@ class TreeWriter:
                 self._done.add(name)
                 del self._assemblers[name]
 
+    def _put_beside(self, name: str, index: Index, array: np.ndarray) -> None:
+        self.checksums_beside.setdefault(name, {})[box_text(index)] = checksum(array)
+        self._put(name, index, array)
+
     def _boxes(self, name: str) -> Iterator[Index]:
         return boxes.row_boxes(self._leaves[name].spec.shape, _COPIED_ELEMENTS)
 
-    def _rooted(self, name: str) -> str:
-        return f"{self._params}/{name}" if self._params else name
 
-    def _path(self, name: str) -> Path:
-        """The path of a leaf by its name from the root: as the base has it, else keys of dictionaries."""
-        if self._like is None:
-            return of_name(name)
-        known = self._like.structure.paths
-        if name in known:
-            return known[name]
-        theirs = self._like.structure.params_path
-        inside = name.removeprefix(f"{self._params}/") if self._params else name
-        path = known.get(f"{theirs}/{inside}" if theirs else inside)
-        if path is None:
-            return of_name(name)
-        ours = of_name(self._params) if self._params else ()
-        return ours + path[len(of_name(theirs)) if theirs else 0 :]
+def _rooted(params_path: str, name: str) -> str:
+    return f"{params_path}/{name}" if params_path else name
 
-    def _carried_constants(self, optimizer_state: str) -> dict[Path, Constant]:
-        if self._like is None:
-            return {}
-        structure = self._like.structure
-        theirs = structure.params_path
-        depth = len(of_name(theirs)) if theirs else 0
-        ours = of_name(self._params) if self._params else ()
-        carried = {}
-        for path, value in structure.constants.items():
-            if name_of(path[:depth]) == theirs:
-                carried[ours + path[depth:]] = value
-            elif optimizer_state == "base":
-                carried[path] = value
-        return carried
+
+def _path(name: str, params_path: str, like: TreeReader | None) -> Path:
+    """The path of a leaf by its name from the root: as the base has it, else keys of dictionaries."""
+    if like is None:
+        return of_name(name)
+    known = like.structure.paths
+    if name in known:
+        return known[name]
+    theirs = like.structure.params_path
+    inside = name.removeprefix(f"{params_path}/") if params_path else name
+    path = known.get(_rooted(theirs, inside))
+    if path is None:
+        return of_name(name)
+    ours = of_name(params_path) if params_path else ()
+    return ours + path[len(of_name(theirs)) if theirs else 0 :]
+
+
+def _carried_constants(
+    params_path: str, like: TreeReader | None, optimizer_state: str
+) -> dict[Path, Constant]:
+    if like is None:
+        return {}
+    structure = like.structure
+    theirs = structure.params_path
+    depth = len(of_name(theirs)) if theirs else 0
+    ours = of_name(params_path) if params_path else ()
+    carried = {}
+    for path, value in structure.constants.items():
+        if name_of(path[:depth]) == theirs:
+            carried[ours + path[depth:]] = value
+        elif optimizer_state == "base":
+            carried[path] = value
+    return carried
+
+
+def specs_of(arrays: Mapping[str, np.ndarray]) -> dict[str, LeafSpec]:
+    """Specs of arrays by name."""
+    return {n: LeafSpec(name=n, shape=a.shape, dtype=a.dtype) for n, a in arrays.items()}
 
 
 def memory_bytes(

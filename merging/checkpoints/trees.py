@@ -188,6 +188,10 @@ def check_paths(paths: Iterable[Path], where: object) -> dict[str, Path]:
                 )
             taken[stored] = path
             named[name_of(path)] = path
+    known = set(named.values())
+    for path in named.values():
+        if any(path[:depth] in known for depth in range(1, len(path))):
+            problems.append(f"leaf {show(path)} lies in another leaf")
     refuse(where, problems, "rename these keys")
     return named
 

@@ -18,14 +18,17 @@ Left out, too: time. A program of many matrix products is better judged by `flop
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from merging.engine import collectives, products, traffic
 from merging.engine.collectives import Collective
-from merging.engine.hlo import Instruction, Module
+from merging.engine.hlo import Instruction, Module, Value
+
+LARGEST = 5  # arrays that are named
 
 ELEMENTWISE = frozenset(
     """
@@ -52,6 +55,8 @@ class Figures:
       loops: how many loops there are.
       unknown_loops: those whose turns the HLO doesn't tell, which count as one.
       collectives: by kind, e.g. `all-reduce`.
+      largest_results: (operation and shape, bytes) of the largest arrays that instructions put into the device's main
+        memory: what temporaries and outputs are made of.
       compile_seconds: of the compiler on this machine.
     """
 
@@ -66,6 +71,7 @@ class Figures:
     loops: int
     unknown_loops: int
     collectives: Mapping[str, Collective]
+    largest_results: Sequence[tuple[str, int]]
     compile_seconds: float
 
     @property
@@ -98,8 +104,14 @@ def figures(compiled: jax.stages.Compiled, *, compile_seconds: float = 0.0) -> F
         loops=program.loops,
         unknown_loops=program.unknown_loops,
         collectives=program.collectives,
+        largest_results=program.largest_results,
         compile_seconds=compile_seconds,
     )
+
+
+def largest(results: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
+    """The LARGEST by bytes, each once."""
+    return sorted(dict(results).items(), key=lambda each: -each[1])[:LARGEST]
 
 
 class Program:
@@ -149,6 +161,11 @@ class Program:
     def collectives(self) -> dict[str, Collective]:
         return collectives.collectives(self._module)
 
+    @property
+    def largest_results(self) -> list[tuple[str, int]]:
+        found = traffic.results(self._module)
+        return largest((_told(instruction, value), value.nbytes) for instruction, value in found)
+
     def _run(self) -> Iterator[tuple[Instruction, str, int]]:
         return self._module.run(self._module.entry)
 
@@ -167,3 +184,10 @@ class Program:
             total += turns * sum(map(self._operations, instruction.called))
         self._known[computation] = total
         return total
+
+
+def _told(instruction: Instruction, value: Value) -> str:
+    """The operation that the program was traced from, or the compiler's, and the shape on one device."""
+    traced = re.search(r'op_name="([^"]*)"', instruction.attributes)
+    shape = ",".join(map(str, value.shape))
+    return f"{traced[1] if traced else instruction.opcode} {value.dtype}[{shape}]"

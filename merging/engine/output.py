@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,7 @@ class Output:
     """One merge's output. Thread-safe.
 
     Attributes:
-      checksums: {leaf: {box: crc32c}}, as the manifest has them; see `checkpoints.checksums`.
+      checksums: {leaf: {box: crc32c}}; see `checkpoints.checksums`.
       nbytes: of the data written, without what was there.
     """
 
@@ -27,6 +28,18 @@ class Output:
         self.checksums: dict[str, dict[str, str]] = {}
         self.nbytes = 0
         self._lock = threading.Lock()
+
+    def recorded(self) -> dict[str, Any]:
+        """What a manifest says of all that this process wrote, after the commit.
+
+        Where the leaves lie in the tree, and checksums by names from its root.
+        """
+        path = self.writer.params_path
+        rooted = {f"{path}/{name}" if path else name: each for name, each in self.checksums.items()}
+        return {
+            "params_path": path,
+            "checksums": {**rooted, **self.writer.checksums_beside},
+        }
 
     def left(self, piece: Piece, wanted: str) -> np.ndarray | None:
         """A piece as an earlier run left it, or None where it isn't there with this checksum."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,18 +13,19 @@ import numpy as np
 from etils import epath
 
 from merging import manifest
-from merging.checkpoints import FORMATS, open_checkpoint
+from merging.checkpoints import FORMATS, check_writable, open_checkpoint
 from merging.checkpoints.format import LeafSpec, Reader
-from merging.checkpoints.known_layouts import in_layout_of
 from merging.checkpoints.layout_reader import BUFFER_BYTES, LayoutReader
 from merging.checkpoints.tied import tied
 from merging.checkpoints.tree_writer import OPTIMIZER_STATES
+from merging.checkpoints.trees import TreeReader
 from merging.engine.compatible import check_compatible, common_rows, with_stacked
 from merging.engine.pieces import Tensor, bytes_per_element, parts_of, piece_limit
-from merging.engine.selection import Selection, names_of
+from merging.engine.selection import Selection, check_tied, names_of
 from merging.methods.method import Method
 from merging.models import model_file
 from merging.models.model_file import ModelFile
+from merging.models.trees import in_tree_of
 from merging.paths import Stacked
 
 OUTPUT_DTYPES = ("float32", "bfloat16", "float16")
@@ -83,13 +85,14 @@ class Plan:
     Attributes:
       settings: as they were given.
       format: of the output.
-      carry_from: a Hugging Face folder whose config and tokenizer belong to the base; None where there is none.
+      carry_from: the base's folder, whose config and tokenizer go along where it has them; None where it is a file.
       model: what the base's model.json says, which goes along; None where it has none.
       base, experts: open readers.
       output: the folder to be.
       merges: method by name; a single one is named "".
       outputs: folder by the same names: the output itself for "", else folders in it.
       specs: leaves of the output, in storage order.
+      beside: what is written beside them, by names from the root of the output's tree.
       stacked: which leaves hold a layer an index, and along which axis.
       selection: what is merged, and with which settings.
       tensors: of each leaf, those that are merged and those that are kept; none of a leaf that all must share.
@@ -109,6 +112,7 @@ class Plan:
     merges: Mapping[str, Method]
     outputs: Mapping[str, epath.Path]
     specs: Mapping[str, LeafSpec]
+    beside: Mapping[str, LeafSpec]
     base_specs: Mapping[str, LeafSpec]
     stacked: Stacked
     selection: Selection
@@ -133,7 +137,8 @@ class Plan:
     @property
     def output_bytes(self) -> int:
         """Of all outputs."""
-        return len(self.merges) * sum(spec.nbytes for spec in self.specs.values())
+        written = [*self.specs.values(), *self.beside.values()]
+        return len(self.merges) * sum(spec.nbytes for spec in written)
 
     def close(self) -> None:
         """Closes the readers."""
@@ -164,6 +169,7 @@ class Plan:
             ),
             f"reads      {self.passes} of {size_text(self.input_bytes)}",
             f"writes     {size_text(self.output_bytes)} of {self.format} as {self.settings.output_dtype or 'the type of each leaf of the base'}",
+            *told_beside(self.base, self.beside, self.settings.optimizer_state),
             f"memory     {size_text(self.settings.memory_budget_bytes)}: pieces of {self.limit:,} elements in {self.workers} workers",
         ]
         if self.is_done:
@@ -193,13 +199,20 @@ def plan(settings: Settings) -> Plan:
             )
             for path in inputs
         )
-        described = model_file.read_if_there(settings.base)
+        folder = epath.Path(settings.base)
+        described = model_file.read_if_there(folder)
         says_it = settings.stacked is None and described is not None
         stacked = Stacked(described.stacked if says_it else settings.stacked)
         base_specs = with_stacked(base_reader.specs(), stacked)
         buffer_bytes = min(BUFFER_BYTES, settings.memory_budget_bytes // (4 * len(readers)))
-        readers = [in_layout_of(base_specs, r, buffer_bytes=buffer_bytes) for r in readers]
+        readers = [
+            in_tree_of(base_specs, each, folders=(settings.base, path), buffer_bytes=buffer_bytes)
+            for each, path in zip(readers, settings.experts, strict=True)
+        ]
+        rearranged = sum(isinstance(reader, LayoutReader) for reader in readers)
         if settings.tied != "refuse":
+            specs_of_all = [base_specs, *(reader.specs() for reader in readers)]
+            check_tied(settings.tied, list(dict.fromkeys(itertools.chain(*specs_of_all))))
             readers = [tied(reader, base_specs, settings.tied) for reader in readers]
         rows = common_rows(base_specs, readers) if settings.vocabulary_rows == "common" else {}
         tensors = {
@@ -215,7 +228,6 @@ def plan(settings: Settings) -> Plan:
         check_compatible(base_reader, readers, kept=kept, rows=rows, exclude=settings.exclude)
         specs = stored_as(settings.output_dtype, base_specs)
         workers = max(2, os.cpu_count() or 1)
-        rearranged = sum(isinstance(reader, LayoutReader) for reader in readers)
         expert_specs = [reader.specs() for reader in readers]
         limit = piece_limit(
             budget_bytes=settings.memory_budget_bytes - rearranged * buffer_bytes,
@@ -234,6 +246,16 @@ def plan(settings: Settings) -> Plan:
         )
 
         output_format = settings.format or base_reader.format
+        carry_from = folder if folder.is_dir() else None
+        beside = check_writable(
+            output_format,
+            specs,
+            like=base_reader,
+            carry_from=carry_from,
+            shard_bytes=settings.shard_bytes,
+            dtype=settings.output_dtype,
+            optimizer_state=settings.optimizer_state,
+        )
         identity = {
             "stage": "merge",
             "merges": {name: repr(each) for name, each in merges.items()},
@@ -256,14 +278,13 @@ def plan(settings: Settings) -> Plan:
         outputs = {name: output / name if name else output for name in merges}
         is_done = manifest.is_done(output, identity)
         if not is_done:
-            manifest.check_free_space(
-                output, len(merges) * sum(spec.nbytes for spec in specs.values())
-            )
+            written = [*specs.values(), *beside.values()]
+            manifest.check_free_space(output, len(merges) * sum(spec.nbytes for spec in written))
         asking = [each for each in merges.values() if each.asks_survey]
         planned = Plan(
             settings=settings,
             format=output_format,
-            carry_from=base_reader.folder if base_reader.format == "safetensors" else None,
+            carry_from=carry_from,
             model=described,
             base=base_reader,
             experts=tuple(readers),
@@ -271,6 +292,7 @@ def plan(settings: Settings) -> Plan:
             merges=merges,
             outputs=outputs,
             specs=specs,
+            beside=beside,
             base_specs=base_specs,
             stacked=stacked,
             selection=selection,
@@ -349,6 +371,29 @@ def check_format(name: str | None) -> None:
     """Raises ValueError for a FORMAT that is none."""
     if name is not None and name not in FORMATS:
         raise ValueError(f"FORMAT is {name!r}: choose one of {', '.join(FORMATS)}")
+
+
+def told_beside(reader: Reader, beside: Mapping[str, LeafSpec], optimizer_state: str) -> list[str]:
+    """What becomes of what a train state holds beside its parameters, in lines of a plan.
+
+    Args:
+      reader: of the train state, or of any other checkpoint.
+      beside: what is written beside the parameters.
+      optimizer_state: as the user chose.
+    """
+    rest = reader.rest if isinstance(reader, TreeReader) else {}
+    kept = {name: spec for name, spec in rest.items() if name in beside}
+    dropped = {name: spec for name, spec in rest.items() if name not in beside}
+    lines = []
+    for doing, specs in (("keeps", kept), ("drops", dropped)):
+        if specs:
+            names = ", ".join([*specs][:3]) + (", ..." if len(specs) > 3 else "")
+            size = size_text(sum(spec.nbytes for spec in specs.values()))
+            lines.append(
+                f"{doing:10s} {len(specs)} leaves ({size}) beside the parameters: {names}"
+                f" (OPTIMIZER_STATE={optimizer_state!r})"
+            )
+    return lines
 
 
 def stored_as(output_dtype: str | None, specs: Mapping[str, LeafSpec]) -> dict[str, LeafSpec]:

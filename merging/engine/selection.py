@@ -20,7 +20,7 @@ from typing import Any
 from merging.engine.groups import without_scale
 from merging.engine.pieces import Tensor
 from merging.methods.method import Method, TaskVectorMethod
-from merging.paths import Patterns
+from merging.paths import Patterns, canonical
 
 SETTABLE = ("scale", "density", "weights")
 
@@ -76,9 +76,7 @@ class Selection:
         ):
             for pattern in Patterns(patterns).unused(names):
                 if pattern != "*":
-                    raise ValueError(
-                        f"{macro} has {pattern!r}, which no leaf is like;{_nearest(pattern, names)}"
-                    )
+                    raise _no_leaf(macro, pattern, [each[0] for each in names])
         if names and not any(self.is_merged(each) for each in names):
             raise ValueError("INCLUDE and EXCLUDE leave nothing to merge")
 
@@ -104,18 +102,27 @@ class Selection:
         return Patterns(self.patterns)
 
 
+def check_tied(pairs: Mapping[str, str], leaves: Sequence[str]) -> None:
+    """Raises ValueError for a name in TIED that is none of the leaves of base and experts, however they are spelled."""
+    known = set(map(canonical, leaves))
+    for name in (each for pair in pairs.items() for each in pair):
+        if canonical(name) not in known:
+            raise _no_leaf("TIED", name, leaves)
+
+
 def names_of(tensor: Tensor) -> tuple[str, str]:
     """What patterns are held against: the leaf's name, and the tensor's path."""
     return tensor.leaf.name, tensor.path
 
 
-def _nearest(pattern: str, names: Sequence[Sequence[str]]) -> str:
-    """What the pattern may have meant, for a message."""
-    leaves = [each[0] for each in names]
+def _no_leaf(macro: str, pattern: str, leaves: Sequence[str]) -> ValueError:
+    """That no leaf is like a pattern, with what it may have meant."""
     near = difflib.get_close_matches(pattern, leaves, 2, cutoff=0.7)
     if near:
-        return f" did you mean {' or '.join(near)}?"
-    return f" leaves are named like {leaves[0] if leaves else '(none)'}"
+        advice = f"did you mean {' or '.join(near)}?"
+    else:
+        advice = f"leaves are named like {leaves[0] if leaves else '(none)'}"
+    return ValueError(f"{macro} has {pattern!r}, which no leaf is like; {advice}")
 
 
 def _with(method: Method, settings: Mapping[str, Any]) -> Method:

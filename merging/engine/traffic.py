@@ -8,6 +8,8 @@ its bytes where it starts. What lies in on-chip memory counts nothing; a copy to
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from merging.engine import collectives
 from merging.engine.hlo import Instruction, Module, Value
 
@@ -23,6 +25,20 @@ _FREE = frozenset(
 def bytes_touched(module: Module) -> int:
     """Of the whole program, on one device."""
     return _of_computation(module, module.entry)
+
+
+def results(module: Module) -> Iterator[tuple[Instruction, Value]]:
+    """Every array that an instruction that runs by itself puts into the main memory, with that instruction."""
+    yield from _results(module, module.entry)
+
+
+def _results(module: Module, computation: str) -> Iterator[tuple[Instruction, Value]]:
+    for instruction in module.computations[computation].values():
+        if instruction.opcode in ("while", "conditional", "call"):
+            for name in instruction.called:
+                yield from _results(module, name)
+        elif instruction.opcode not in _FREE and not instruction.opcode.endswith("-start"):
+            yield from ((instruction, value) for value in instruction.result if not value.on_chip)
 
 
 def _of_computation(module: Module, computation: str) -> int:

@@ -248,6 +248,17 @@ def put_scores(folder: epath.Path, results: Iterable[Result]) -> None:
     put_whole(folder / SCORES, "".join(lines).encode())
 
 
+def cut(results: Iterable[Result]) -> dict[str, dict[str, int]]:
+    """Of each task over its prompts: examples, and those whose inputs or targets lost tokens to the lengths."""
+    found: dict[str, dict[str, int]] = {}
+    for each in results:
+        counts = found.setdefault(each.task.name, {"examples": 0, "inputs": 0, "targets": 0})
+        counts["examples"] += len(each.task.examples)
+        counts["inputs"] += each.task.cut_inputs
+        counts["targets"] += each.task.cut_targets
+    return found
+
+
 def total_ties(scores: Iterable[Score]) -> int:
     """Of all models and tasks, each counted once, however many metrics it has."""
     return sum({_group(score): score.ties for score in scores}.values())

@@ -148,6 +148,12 @@ def write_along(
     write(folder, config, stacked, described.vocabulary)
 
 
+def is_described(folder: epath.PathLike) -> bool:
+    """Whether a folder holds what `describe` reads."""
+    folder = epath.Path(folder)
+    return folder.is_dir() and any((folder / name).exists() for name in (FILE, "config.json"))
+
+
 def describe(folder: epath.PathLike, **changes: Any) -> ModelFile:
     """The same of any folder that says it: ours by model.json, a Hugging Face one by config.json and tokenizer.json.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from etils import epath
 
 from merging.checkpoints.format import CheckpointError
 from merging.checkpoints.storage import absolute
+from merging.checkpoints.tree_writer import naming
 
 STATE, PROGRESS = "state", "progress"
 
@@ -88,25 +89,26 @@ class Checkpoints:
         *,
         metric: float | None = None,
     ) -> None:
-        """Begins to save the state of a step; returns when its arrays may be changed. `metric`: of a validation, less is better."""
+        """Begins to save the state of a step; returns when its arrays may be changed. `metric`: of a validation, less is better.
+
+        Raises OSError where this one, or the one that was under way, can't be written.
+        """
         if step in self._manager.all_steps():
             return
         described = {**progress, "checksum": int(checksum(state))}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                **{
-                    STATE: ocp.args.StandardSave(state),
-                    PROGRESS: ocp.args.JsonSave(described),
-                }
-            ),
-            metrics=None if metric is None else {"metric": metric},
-            force=True,
-        )
+        items = {STATE: ocp.args.StandardSave(state), PROGRESS: ocp.args.JsonSave(described)}
+        with self._failures_told():  # of this one, and of the one before, which it waits for
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(**items),
+                metrics=None if metric is None else {"metric": metric},
+                force=True,
+            )
 
     def wait(self) -> None:
-        """Returns when what was begun is on disk. Raises what failed."""
-        self._manager.wait_until_finished()
+        """Returns when what was begun is on disk. Raises OSError where it can't be written."""
+        with self._failures_told():
+            self._manager.wait_until_finished()
 
     def restore(self, like: Any) -> Restored | None:
         """The newest state that is whole, as `like` has it (ShapeDtypeStructs with shardings); None where there is none.
@@ -141,8 +143,24 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def close(self) -> None:
-        """Waits for what is under way."""
-        self._manager.close()
+        """Waits for what is under way. Raises OSError where it can't be written."""
+        with self._failures_told():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _failures_told(self) -> Iterator[None]:
+        """What could not be written, and what is there to go on from."""
+        try:
+            with naming(self._folder):
+                yield
+        except OSError as error:
+            steps = self.steps()
+            kept = f"the one of step {steps[-1]} is kept" if steps else "there is none before it"
+            raise OSError(
+                error.errno,
+                f"a train state can't be written, {kept}; once it can, the same command goes on from there: {error.strerror}",
+                str(self._folder),
+            ) from error
 
 
 def read_state(step_folder: epath.PathLike, like: Any) -> Restored:

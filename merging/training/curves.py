@@ -12,9 +12,14 @@ from etils import epath
 
 from merging.checkpoints.storage import LinesFile
 from merging.engine import hosts
-from merging.models.config import DecoderConfig
+from merging.models.config import DecoderConfig, Remat
+from merging.models.families import family_of
 
 METRICS_FILE = "metrics.jsonl"
+
+# Operations of a training step for each parameter N, and for each L H h T of attention: forward, twice that backward, and
+# what a remat policy computes again.
+TRAINING_PASSES: dict[Remat, tuple[int, int]] = {"none": (6, 12), "dots": (6, 16), "full": (8, 16)}
 
 
 @contextlib.contextmanager
@@ -44,7 +49,24 @@ def of_expert(values: Mapping[str, Any], number: int) -> dict[str, float]:
     }
 
 
-def flops_per_token(config: DecoderConfig, length: int) -> float:
-    """Of a training step: 6 N + 12 L H h T (PaLM, arXiv 2204.02311, appendix B), nothing computed twice counted."""
-    attention = 12 * config.num_layers * config.num_heads * config.head_dim * length
-    return 6 * config.num_params() + attention
+def flops_per_token(config: DecoderConfig, length: int, *, remat: Remat = "none") -> float:
+    """Of a training step: 6 N + 12 L H h T (PaLM, arXiv 2204.02311, appendix B), nothing computed twice counted.
+
+    With a remat policy, what it computes again counts too, as in TRAINING_PASSES. Of that full remat spares the last
+    products of blocks (`flops_spared_per_token`).
+    """
+    of_parameters, of_attention = TRAINING_PASSES[remat]
+    attention = config.num_layers * config.num_heads * config.head_dim * length
+    return of_parameters * config.num_params() + of_attention * attention
+
+
+def flops_spared_per_token(config: DecoderConfig) -> float:
+    """Of a training step with full remat, what need not be computed again: products whose results only leave their block, which no gradient asks for.
+
+    PaLM's parallel block ends in two, of attention and the hidden layer; llama's in one, since the hidden layer reads
+    what attention adds; gemma 3's results go through a norm, whose gradient asks for them.
+    """
+    hidden = config.embed_dim * config.mlp_dim
+    attended = config.embed_dim * config.num_heads * config.head_dim
+    last = {"palm": hidden + attended, "llama": hidden, "gemma3": 0}[family_of(config)]
+    return 2 * config.num_layers * last

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from merging.interrupted import Interrupted
 from merging.training.batch import Batch
 from merging.training.checkpoints import Checkpoints
 from merging.training.feed import Feed, Position
@@ -31,18 +32,6 @@ Values = Mapping[str, Any]  # a number, or one for each expert
 
 class TrainingError(ValueError):
     """Training that can't go on: says at which step, what was found and what to do."""
-
-
-class Interrupted(Exception):
-    """The run was asked to stop, and its state is saved: the same command goes on from there.
-
-    Attributes:
-      step: steps taken.
-    """
-
-    def __init__(self, step: int):
-        super().__init__(f"stopped at step {step}")
-        self.step = step
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -132,7 +121,8 @@ class Loop:
       schedule: when what is done.
       tokens_per_step: of all experts, padding included; for the speed.
       checkpoints: where states are saved; None: nowhere.
-      validate: state -> the validation's metrics by name, of which `validation/loss` is the one that is to be low.
+      validate: state -> the validation's metrics by name.
+      judge: of these -> the one number that is to be low; None: no validation is better than another.
       log: told (step, metrics by name) every `log_every` steps.
       should_stop: (steps taken) -> whether to save and stop; the same on all hosts.
       leaf_names: of the parameters, in their order.
@@ -150,6 +140,7 @@ class Loop:
         log: Callable[[int, Values], None],
         checkpoints: Checkpoints | None = None,
         validate: Callable[[TrainState], Values] | None = None,
+        judge: Callable[[Values], float] | None = None,
         should_stop: Callable[[int], bool] = lambda step: False,
         experts: Sequence[str] | None = None,
         trace: Callable[[int], None] = lambda step: None,
@@ -157,7 +148,8 @@ class Loop:
         self._step, self._schedule = step, schedule
         self.tokens_per_step = tokens_per_step
         self._leaf_names, self._experts = leaf_names, experts
-        self._log, self._validate, self._should_stop = log, validate, should_stop
+        self._log, self._should_stop = log, should_stop
+        self._validate, self._judge = validate, judge
         self._checkpoints, self._trace = checkpoints, trace
         self._pending: collections.deque[tuple[int, Any]] = collections.deque()
         self.seconds = Seconds()
@@ -196,7 +188,7 @@ class Loop:
             if is_stopping and not is_last:
                 if self._checkpoints is not None:
                     self._checkpoints.wait()
-                raise Interrupted(progress.step)
+                raise Interrupted(f"stopped at step {progress.step}")
         return state
 
     @property
@@ -263,11 +255,13 @@ class Loop:
             return "No checkpoint had been saved."
         return f"The last good checkpoint, of step {steps[-1]}, is kept."
 
-    def _validated(self, state: TrainState, progress: Progress) -> float:
+    def _validated(self, state: TrainState, progress: Progress) -> float | None:
         with self.seconds.of("validation"):
             values = self._validate(state)
         self._log(progress.step, values)
-        metric = float(np.mean(values["validation/loss"]))
+        if self._judge is None:
+            return None
+        metric = self._judge(values)
         if progress.best is None or metric < progress.best[0]:
             progress.best, progress.bad_validations = (metric, progress.step), 0
         else:

@@ -1,12 +1,14 @@
 """Optimizers as optax transformations: AdamW, Adafactor as PaLM used it, and what goes around any optimizer.
 
 All map over the tree of parameters, so their state is cut as the parameters are, and none clips by the global norm,
-which the step does.
+which the step does. The step hands every optimizer the model's stacked axes as optax's extra argument `stacked`
+({pattern of paths: axis over layers}, as in `paths.Stacked`); those that look at whole tensors take it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -44,37 +46,35 @@ def adamw(
 def adafactor(
     learning_rate: LearningRate,
     *,
-    stacked: Mapping[str, int] | None = None,
     b1: float | None = 0.9,
     decay_exponent: float = 0.8,
     epsilon: float = 1e-30,
     clipping_threshold: float | None = 1.0,
     least_scale: float = 1e-3,
     weight_decay_exponent: float | None = 2.0,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Adafactor (arXiv 1804.04235) as PaLM used it (arXiv 2204.02311, section 5).
 
     Second moments are not factored, and their decay at step k (from 1) is 1 - k^-0.8. An update is clipped to a root mean square
     of 1, and multiplied by the learning rate and the root mean square of its parameter. The momentum (0.9) is taken of
-    that. Weight decay is learning rate^2 times the parameter.
+    that. Weight decay is learning rate^2 times the parameter. A root mean square is of one layer's tensor, which takes
+    update's extra argument `stacked` where a leaf holds all layers.
 
     Args:
       learning_rate: PaLM's is 1e-2 for 10,000 steps, then 1 / sqrt(k).
-      stacked: {pattern of paths: axis over layers}, as in `paths.Stacked`: a root mean square is of one layer's tensor.
       b1: None: no momentum, and no memory for it.
       clipping_threshold, least_scale: d and epsilon_2 of Adafactor; the paper on PaLM doesn't mention them.
       weight_decay_exponent: 2.0 for learning rate^2; None for no decay.
 
     Deviations: norms' scales and biases don't decay, of which the paper says nothing.
     """
-    layers = Stacked(stacked)
     schedule = (
         learning_rate if callable(learning_rate) else lambda count: jnp.float32(learning_rate)
     )
     steps = [_by_second_moment(decay_exponent, epsilon)]
     if clipping_threshold is not None:
-        steps.append(_clipped_by_tensor(layers, clipping_threshold))
-    steps += [_by_parameter_scale(layers, least_scale), optax.scale_by_schedule(schedule)]
+        steps.append(_clipped_by_tensor(clipping_threshold))
+    steps += [_by_parameter_scale(least_scale), optax.scale_by_schedule(schedule)]
     if b1 is not None:
         steps.append(optax.ema(b1, debias=False, accumulator_dtype=jnp.float32))
     if weight_decay_exponent is not None:
@@ -134,15 +134,20 @@ class Averaging:
         if self.decay is not None and not 0 <= self.decay < 1:
             raise ValueError(f"Averaging.decay is {self.decay}: it must be in [0, 1), or None")
 
-    def around(self, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    def around(
+        self, optimizer: optax.GradientTransformation
+    ) -> optax.GradientTransformationExtraArgs:
         """The optimizer, with the average in its state (`averaged_params`)."""
+        optimizer = optax.with_extra_args_support(optimizer)
 
         def init(params: Any) -> Averaged:
             average = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params)
             return Averaged(jnp.zeros((), jnp.int32), average, optimizer.init(params))
 
-        def update(updates: Any, state: Averaged, params: Any = None) -> tuple[Any, Averaged]:
-            updates, inner = optimizer.update(updates, state.inner, params)
+        def update(
+            updates: Any, state: Averaged, params: Any = None, **extra_args: Any
+        ) -> tuple[Any, Averaged]:
+            updates, inner = optimizer.update(updates, state.inner, params, **extra_args)
             counted = jnp.maximum(state.count + 1 - self.start, 1).astype(jnp.float32)
             share = 1 / counted if self.decay is None else jnp.float32(1 - self.decay)
             share = jnp.where(counted <= 1, 1.0, share)
@@ -154,7 +159,7 @@ class Averaging:
             )
             return updates, Averaged(optax.safe_increment(state.count), average, inner)
 
-        return optax.GradientTransformation(init, update)
+        return optax.GradientTransformationExtraArgs(init, update)
 
 
 def averaged_params(opt_state: Any) -> Any | None:
@@ -193,18 +198,36 @@ def _by_second_moment(exponent: float, epsilon: float) -> optax.GradientTransfor
     return optax.GradientTransformation(init, update)
 
 
-def _clipped_by_tensor(layers: Stacked, threshold: float) -> optax.GradientTransformation:
-    def clipped(path: Any, update: Array) -> Array:
-        return update / jnp.maximum(1.0, _root_mean_square(path, update, layers) / threshold)
-
-    return optax.stateless(lambda updates, params: jax.tree.map_with_path(clipped, updates))
+def _clipped_by_tensor(threshold: float) -> optax.GradientTransformationExtraArgs:
+    return _by_tensor(lambda u, p, size: u / jnp.maximum(1.0, size(u) / threshold))
 
 
-def _by_parameter_scale(layers: Stacked, least: float) -> optax.GradientTransformation:
-    def scaled(path: Any, update: Array, param: Array) -> Array:
-        return update * jnp.maximum(_root_mean_square(path, param, layers), least)
+def _by_parameter_scale(least: float) -> optax.GradientTransformationExtraArgs:
+    return _by_tensor(lambda u, p, size: u * jnp.maximum(size(p), least))
 
-    return optax.stateless(lambda updates, params: jax.tree.map_with_path(scaled, updates, params))
+
+def _by_tensor(
+    change: Callable[[Array, Array, Any], Array],
+) -> optax.GradientTransformationExtraArgs:
+    """`change(update, parameter, size)` of each leaf; `size(x)` is its root mean square, of each layer's where it holds all."""
+
+    def update(
+        updates: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        stacked: Mapping[str, int] | None = None,
+        **extra_args: Any,
+    ) -> tuple[Any, Any]:
+        layers = Stacked(stacked)
+
+        def changed(path: Any, u: Array, p: Array) -> Array:
+            layer_axis = layers.axis(of_tree_path(path))
+            return change(u, p, functools.partial(_root_mean_square, layer_axis=layer_axis))
+
+        return jax.tree.map_with_path(changed, updates, params), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
 def _decayed(rate: Callable[[Array], Array]) -> optax.GradientTransformation:
@@ -224,8 +247,7 @@ def _decayed(rate: Callable[[Array], Array]) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def _root_mean_square(path: Any, x: Array, layers: Stacked) -> Array:
+def _root_mean_square(x: Array, *, layer_axis: int | None) -> Array:
     """Of a tensor, [] float32; of each layer's where a leaf holds all, with the other axes kept as 1."""
-    layer_axis = layers.axis(of_tree_path(path))
     over = tuple(axis for axis in range(x.ndim) if axis != layer_axis)
     return jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), over, keepdims=True))

@@ -7,6 +7,7 @@ gone on from.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,7 +26,8 @@ from merging.models.families import model_of
 from merging.paths import is_like, of_leaves
 from merging.training import initial as starts
 from merging.training.feed import Placement
-from merging.training.settings import Mixture, Settings
+from merging.training.settings import Mixture, Optimizer, Settings
+from merging.training.validation import Validation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,7 @@ class Plan:
     Attributes:
       mixtures: by the name of the output's folder below `output`; "" for the output itself.
       config: of the model in this run.
+      validation: tasks that the run is validated by beside its loss; None: none.
       mesh: of devices.
       vocabulary: that goes along with the parameters.
       initial_digest: of the checkpoint.
@@ -44,6 +47,7 @@ class Plan:
     settings: Settings
     mixtures: Mapping[str, Mixture]
     output: epath.Path
+    validation: Validation | None
     config: DecoderConfig
     mesh: jax.sharding.Mesh
     vocabulary: model_file.Vocabulary | None
@@ -78,22 +82,37 @@ class Plan:
             f"mesh       {partitioning.describe(self.mesh)}",
             f"output     {self.output}",
         ]
+        if self.validation is not None:
+            names = dict.fromkeys(task.name for task in self.validation.tasks)
+            examples = sum(len(task.examples) for task in self.validation.tasks)
+            lines.insert(-1, f"validated  on {', '.join(names)}: {examples:,} examples")
+        if s.is_judged:
+            best = "lowest" if s.is_lowest_best else "highest"
+            lines.insert(-1, f"judged by  the {best} {s.best_metric}")
         if self.is_done:
             lines.append("done       the output is there already, made so")
         return "\n".join(lines)
 
 
-def plan(settings: Settings, mixtures: Sequence[Mixture], *, is_one: bool = True) -> Plan:
+def plan(
+    settings: Settings,
+    mixtures: Sequence[Mixture],
+    *,
+    is_one: bool = True,
+    validation: Validation | None = None,
+) -> Plan:
     """Checks everything that can be known before the first step.
 
     Args:
       settings: what to do.
       mixtures: an expert of each.
       is_one: the only mixture's expert is the output itself, not a folder in it.
+      validation: tasks that the run is validated by, beside its loss.
 
     Raises ValueError (CheckpointError, OutputError) saying what was found, wanted, where, and what to do.
     """
     _check(settings, mixtures)
+    _check_validation(settings, mixtures, validation)
     output_dir = epath.Path(settings.output_dir)
     initial = settings.initial_checkpoint_path
     if initial is not None:
@@ -118,6 +137,7 @@ def plan(settings: Settings, mixtures: Sequence[Mixture], *, is_one: bool = True
         )
     named = {"" if is_one and len(mixtures) == 1 else m.name: m for m in mixtures}
     identity = _identity(settings, mixtures, config, initial_digest)
+    identity |= _judging(settings, validation)
     is_done = manifest.is_done(output_dir, identity)
     if not is_done:
         nbytes = config.num_params() * config.parameter_dtype.itemsize * len(mixtures)
@@ -128,6 +148,7 @@ def plan(settings: Settings, mixtures: Sequence[Mixture], *, is_one: bool = True
         settings=settings,
         mixtures=named,
         output=output_dir,
+        validation=validation,
         config=config,
         mesh=mesh,
         vocabulary=vocabulary,
@@ -159,12 +180,7 @@ def _check(settings: Settings, mixtures: Sequence[Mixture]) -> None:
         problems.append(f"CHOOSE is {s.choose!r}, wanted 'last' or 'best'")
     if s.format not in ("orbax", "safetensors"):
         problems.append(f"FORMAT is {s.format!r}, wanted 'orbax' or 'safetensors'")
-    judges = s.choose == "best" or s.patience is not None
-    if judges and (s.validate_every is None or any(m.validation is None for m in mixtures)):
-        problems.append(
-            "CHOOSE='best' and PATIENCE need VALIDATE_EVERY and mixtures with a validation split"
-        )
-    if judges and s.experts_at_once > 1:
+    if s.is_judged and s.experts_at_once > 1:
         problems.append(
             "CHOOSE='best' and PATIENCE are of one expert: train with EXPERTS_AT_ONCE=1"
         )
@@ -180,10 +196,53 @@ def _check(settings: Settings, mixtures: Sequence[Mixture]) -> None:
         raise ValueError("\n  ".join(["these settings can't be used:", *problems]))
 
 
+def _check_validation(
+    settings: Settings, mixtures: Sequence[Mixture], validation: Validation | None
+) -> None:
+    """Whether there is what the run is to be validated and judged by."""
+    s, problems = settings, []
+    has_loss = all(m.validation is not None for m in mixtures)
+    known = ["loss", "accuracy"] if has_loss else []
+    known += validation.metrics if validation is not None else []
+    if s.validate_every is not None and not known:
+        problems.append(
+            "VALIDATE_EVERY is given and there is nothing to validate on: give mixtures with a validation split, or VALIDATION_TASKS"
+        )
+    if s.is_judged and s.validate_every is None:
+        problems.append("CHOOSE='best' and PATIENCE need VALIDATE_EVERY")
+    if s.is_judged and s.best_metric not in known:
+        lacking = "" if has_loss else "; 'loss' needs mixtures with a validation split"
+        problems.append(
+            f"BEST_METRIC is {s.best_metric!r}, wanted one of {', '.join(known) or 'none that is here'}{lacking}"
+        )
+    if s.best_is not in (None, "lowest", "highest"):
+        problems.append(f"BEST_IS is {s.best_is!r}, wanted 'lowest' or 'highest'")
+    if not s.is_judged and (s.best_metric != "loss" or s.best_is is not None):
+        problems.append(
+            "BEST_METRIC and BEST_IS decide nothing without CHOOSE='best' or PATIENCE: give one of these"
+        )
+    of_data = mixtures[0].vocabulary
+    if validation is not None and of_data is not None and of_data.digest is not None:
+        if validation.vocabulary_digest != of_data.digest:
+            problems.append(
+                f"VALIDATION_TASKS are in another vocabulary ({validation.vocabulary_digest[:12]}) than the mixtures"
+                f" ({of_data.digest[:12]}): take tasks of the same collection, or give VOCABULARY"
+            )
+    if problems:
+        raise ValueError("\n  ".join(["these settings can't be used:", *problems]))
+
+
 def _check_model(settings: Settings, config: DecoderConfig) -> None:
     """What is known of the settings once the model is."""
     if settings.format == "safetensors" and isinstance(config, PalmConfig):
         raise ValueError("FORMAT is 'safetensors', and Hugging Face has no PaLM: choose 'orbax'")
+    initial = settings.initial_checkpoint_path
+    if settings.format == "safetensors":
+        if initial is None or not (epath.Path(initial) / "config.json").exists():
+            raise ValueError(
+                "FORMAT is 'safetensors', and its config.json and tokenizer are those of INITIAL_CHECKPOINT_PATH, which"
+                f" {'is None' if initial is None else f'has none ({initial})'}: start from a Hugging Face folder, or choose 'orbax'"
+            )
     names, patterns = of_leaves(abstract_params(model_of(config))), settings.frozen
     unused = [p for p in patterns if not any(is_like(name, [p]) for name in names)]
     if unused:
@@ -273,26 +332,46 @@ def _identity(
     }
 
 
-def _behaviour(settings: Settings) -> str:
-    """What tells an optimizer and its learning rate from others: what it does, since functions have no other name.
+def _judging(settings: Settings, validation: Validation | None) -> dict[str, Any]:
+    """What a run adds to its identity that is validated by more than its loss."""
+    s, added = settings, {}
+    if s.best_metric != "loss" or not s.is_lowest_best:
+        added["best"] = [s.best_metric, "lowest" if s.is_lowest_best else "highest"]
+    if validation is not None:
+        added["validation"] = dict(validation.identity)
+    return added
 
-    Three steps of a small problem at a learning rate of 1, and the learning rate over the run; to four digits.
-    """
+
+def _behaviour(settings: Settings) -> str:
+    """What tells an optimizer and its learning rate from others: what they do, since functions have no other name."""
+    return manifest.digest(
+        [*moves(settings.optimizer), *rates(settings.learning_rate, settings.train_steps)]
+    )
+
+
+@functools.cache
+def moves(optimizer: Optimizer) -> tuple[str, ...]:
+    """Where three steps of a small problem lead at a learning rate of 1, to four digits."""
     params = {"kernel": jnp.asarray([[1.0, -2.0], [0.5, 3.0]]), "scale": jnp.asarray([1.0, 0.25])}
-    optimizer = settings.optimizer(1.0)
+    made = optimizer(1.0)
 
     @jax.jit
     def moved(params: Any, state: Any, number: Any) -> tuple[Any, Any]:
         gradients = jax.tree.map(lambda p: jnp.sin(p * (number + 1.0)), params)
-        updates, state = optimizer.update(gradients, state, params)
+        updates, state = made.update(gradients, state, params)
         return optax.apply_updates(params, updates), state
 
-    state = optimizer.init(params)
-    numbers = []
+    state = made.init(params)
+    numbers: list[float] = []
     for number in range(3):
         params, state = moved(params, state, np.float32(number))
         numbers += [float(x) for leaf in jax.tree.leaves(params) for x in np.ravel(leaf)]
-    rate = settings.learning_rate
-    places = np.unique(np.linspace(0, settings.train_steps - 1, 17).astype(np.int32))
-    rates = [float(rate(place)) for place in places] if callable(rate) else [float(rate)]
-    return manifest.digest([f"{number:.4g}" for number in numbers + rates])
+    return tuple(f"{number:.4g}" for number in numbers)
+
+
+def rates(learning_rate: Any, train_steps: int) -> tuple[str, ...]:
+    """A learning rate over a run, at up to 17 of its steps if it is a function of them, to four digits."""
+    if not callable(learning_rate):
+        return (f"{float(learning_rate):.4g}",)
+    places = np.unique(np.linspace(0, train_steps - 1, 17).astype(np.int32))
+    return tuple(f"{float(learning_rate(place)):.4g}" for place in places)

@@ -22,7 +22,8 @@ from merging.engine.programs import Program
 from merging.evaluation.score import Choices, score
 from merging.models.decoder import Cache, Decoder, boxed_params
 from merging.training.batch import Batch
-from merging.training.step import init_state, train_step
+from merging.training.optimizer import Averaging
+from merging.training.trainer import Recipe, Trainer
 
 PROGRAMS = ("train", "score", "prefill", "decode")
 
@@ -34,7 +35,8 @@ class Work:
     Attributes:
       rows, length: of a batch that is trained on or scored, in rows and tokens a row.
       prompts, prompt_length, new_tokens: of decoding, whose cache has room for both; a scored row has new_tokens targets.
-      microbatches, vocabulary_chunks: see `training.step.train_step`; scoring has the same chunks.
+      microbatches, vocabulary_chunks, clip_norm, frozen: see `training.step.train_step`; scoring has the same chunks.
+      averaging: of weights, in training; None: none.
     """
 
     rows: int
@@ -44,6 +46,9 @@ class Work:
     new_tokens: int
     microbatches: int = 1
     vocabulary_chunks: int = 1
+    clip_norm: float | None = 1.0
+    frozen: tuple[str, ...] = ()
+    averaging: Averaging | None = None
 
 
 def model_programs(
@@ -77,20 +82,24 @@ def placed_params(model: Decoder, mesh: Mesh) -> Any:
 def _train(
     model: Decoder, mesh: Mesh, work: Work, optimizer: optax.GradientTransformation
 ) -> Program:
-    boxed = jax.eval_shape(lambda params: init_state(params, optimizer), boxed_params(model))
-    state, batch = _placed(boxed, mesh), _rows(_batch(work), mesh)
-    step = functools.partial(
-        train_step,
-        model=model,
-        optimizer=optimizer,
+    """The step of the finetune stage's own `Trainer`, for one expert."""
+    recipe = Recipe(
+        config=model.config,
+        mesh=mesh,
+        optimizer=lambda rate: optimizer,  # which has its rate already
+        learning_rate=0.0,
         z_loss=getattr(model.config, "z_loss", 0.0),
+        clip_norm=work.clip_norm,
         microbatches=work.microbatches,
         vocabulary_chunks=work.vocabulary_chunks,
+        averaging=work.averaging,
+        frozen=work.frozen,
+        experts=None,
     )
-    whole = partitioning.replicated(mesh)
-    seed = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
-    jitted = jax.jit(step, out_shardings=(_shardings(state), whole), donate_argnums=0)
-    return _program("train", mesh, jitted, (state, batch, seed), tokens=work.rows * work.length)
+    trainer = Trainer(recipe)
+    seed = jax.ShapeDtypeStruct((), jnp.int32, sharding=partitioning.replicated(mesh))
+    arguments = trainer.abstract_state, _rows(_batch(work), mesh), seed
+    return _program("train", mesh, trainer.step, arguments, tokens=work.rows * work.length)
 
 
 def _score(model: Decoder, mesh: Mesh, work: Work) -> Program:
@@ -155,13 +164,14 @@ def _program(
 
 
 def _batch(work: Work) -> Batch:
-    """Packed sequences."""
-    shape = (work.rows, work.length)
-    integers, floats = (
-        jax.ShapeDtypeStruct(shape, jnp.int32),
-        jax.ShapeDtypeStruct(shape, jnp.float32),
+    """Packed sequences of inputs and targets, as `feed.Placement` gives them."""
+    integers, floats, flags = (
+        jax.ShapeDtypeStruct((work.rows, work.length), dtype)
+        for dtype in (jnp.int32, jnp.float32, jnp.bool_)
     )
-    return Batch(integers, integers, floats, segment_ids=integers, positions=integers)
+    return Batch(
+        integers, integers, floats, segment_ids=integers, positions=integers, prefix_mask=flags
+    )
 
 
 def _cache(model: Decoder, work: Work) -> Cache:

@@ -15,6 +15,7 @@ from merging.models.config import DecoderConfig
 from merging.partitioning import MeshShape
 from merging.training.feed import Source
 from merging.training.optimizer import Averaging, adamw
+from merging.training.validation import LOWEST
 
 # (regular expression of a parameter's name, name of the checkpoint's leaf or None), see `training.initial`
 Restore = Sequence[tuple[str, str | None]]
@@ -75,6 +76,8 @@ class Settings:
       validation_batches: of each validation.
       keep_checkpoints: how many of the newest stay.
       choose: "last", or "best" on validation.
+      best_metric: by which `choose` and `patience` judge: "loss", "accuracy", or one of `Validation.metrics`.
+      best_is: its "lowest" or "highest"; None: the lowest of losses, the highest of others.
       keep_state: the last train states stay in the output, to go on from.
       format: "orbax" or "safetensors" (Hugging Face's, where the model is of such a family).
       peak_flops: of one device, in operations a second, for the share of it that was used; None: not told.
@@ -109,7 +112,21 @@ class Settings:
     checkpoint_every: int | None = None
     keep_checkpoints: int = 2
     choose: str = "last"
+    best_metric: str = "loss"
+    best_is: str | None = None
     patience: int | None = None
     keep_state: bool = False
     format: str = "orbax"
     peak_flops: float | None = None
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether validations decide something."""
+        return self.choose == "best" or self.patience is not None
+
+    @property
+    def is_lowest_best(self) -> bool:
+        """Whether less of `best_metric` is better."""
+        if self.best_is is None:
+            return self.best_metric.rpartition("/")[2] in LOWEST
+        return self.best_is == "lowest"

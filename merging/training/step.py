@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from merging import paths
 from merging.models.decoder import Decoder
+from merging.models.model_file import stacked_of
 from merging.training.batch import Batch, batch_scores
 from merging.training.loss import LossSums, loss_sums
 
@@ -83,6 +84,7 @@ def train_step(
       batch: rows are split into `microbatches` equal parts, whose gradients are summed in float32; the result is that of
         the whole batch, whatever the parts' weights.
       seed: int32, of dropout.
+      optimizer: is given the model's stacked axes if it takes extra arguments, see `optimizer.py`.
       clip_norm: the gradient's global norm is at most this; None: not clipped.
       vocabulary_chunks: see `loss.token_scores`.
       frozen: patterns of parameters (`paths.is_like`) that have no gradient; an optimizer may yet move them (see
@@ -111,7 +113,9 @@ def train_step(
     if clip_norm is not None:
         factor = factor * jnp.minimum(1.0, clip_norm / jnp.maximum(gradient_norm, 1e-30))
     gradients = jax.tree.map(lambda g: g * factor, gradients)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    updates, opt_state = optax.with_extra_args_support(optimizer).update(
+        gradients, state.opt_state, state.params, stacked=stacked_of(model.config)
+    )
     params = optax.apply_updates(state.params, updates)
     metrics = Metrics(
         loss=sums.loss * per_weight,

@@ -19,7 +19,7 @@ TINY = (
     "--gin.BATCH_SIZE=2",
     "--gin.LOG_EVERY=1",
     "--gin.VALIDATION_BATCHES=1",
-    "--gin.mixtures.validation_rows=2",
+    "--gin.VALIDATION_ROWS=2",
     "--gin.MODEL=@named()",
     "--gin.named.name='mini_xs'",
     "--gin.named.num_layers=1",
@@ -65,12 +65,15 @@ def test_base_experts_merge_scores(tmp_path: pathlib.Path):
         f"--gin.INITIAL_CHECKPOINT_PATH='{base}'",
         f"--gin.MIXTURES={names}",
         "--gin.EXPERTS_AT_ONCE=2",
+        f"--gin.VALIDATION_TASKS={names[:1]}",
+        "--gin.VALIDATION_LIMIT=2",
         "--gin.TASK_FEATURE_LENGTHS={'inputs': 48, 'targets': 16}",
         f"--gin.OUTPUT_DIR='{experts}'",
     )
     for name in names:
         assert f"{name} 2/2: loss " in told
         how = manifest.read(experts / name)
+        assert 0 <= how["metrics"][name]["validation/score"] <= 1
         assert how["inputs"]["base"]["path"] == str(base)
 
     merged, scores = tmp_path / "merged", tmp_path / "scores"

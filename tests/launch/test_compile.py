@@ -5,6 +5,7 @@ In processes of their own: libtpu wants its environment before jax is imported, 
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -15,6 +16,7 @@ import sys
 
 import jax
 import numpy as np
+import optax
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
@@ -22,6 +24,11 @@ from launch import compile as compiling
 from launch import compile_model, compile_table, topology
 from launch.gin_config import CONFIGS
 from merging.engine import plan
+from merging.engine.programs import Program
+from merging.methods.averaging import Averaging
+from merging.methods.task_arithmetic import TaskArithmetic
+from merging.models import decoder
+from tests.merging.models import families
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -258,6 +265,7 @@ def test_a_models_programs_ask_for_what_arithmetic_says(tmp_path: pathlib.Path):
     # Forward, again in the backward pass, and two products there; the last products of a block need not be done again.
     out = WIDTH * HIDDEN + WIDTH * HEADS * HEAD
     assert programs["train"]["flops"] == products(layers=4, readouts=4, spared=out)
+    assert programs["train"]["arithmetic"]["least_ratio"] == pytest.approx(1, rel=0.05)
     # Of a scored row, what is asked for is read out.
     read = TARGETS / LENGTH
     assert programs["score"]["flops"] == products(layers=1, readouts=read, spared=0)
@@ -313,6 +321,128 @@ def test_errors_about_models_are_one_message(arguments: list[str], message: str)
     assert "Traceback" not in done.stderr
 
 
+# ---- a model's programs, compiled for this machine's devices in place of a TPU's ------------------------------------
+
+
+def compiled_here(
+    monkeypatch: pytest.MonkeyPatch, model, *, programs, memory_bytes: int = 10**9, **changes
+):
+    """The report of a small model's programs for a chip with this much memory."""
+    from merging.partitioning import MeshShape
+
+    chip = dataclasses.replace(compile_model.chips.CHIPS["v5e"], memory_bytes=memory_bytes)
+    monkeypatch.setitem(compile_model.chips.CHIPS, "v5e", chip)
+    monkeypatch.setattr(
+        compile_model, "described_devices", lambda topology, slices: jax.devices()[:1]
+    )
+    arguments = {
+        "mesh": MeshShape(topology="v5e:1x1"),
+        **{"rows": 4, "length": 16, "prompts": 3, "prompt_length": 5, "new_tokens": 2},
+        **{"experts": 2, "methods": [], "microbatches": 1, "vocabulary_chunks": 2},
+        **{"remat": "full", "dtype": "float32", "optimizer": optax.sgd(0.1)},
+    }
+    return compile_model.compile_model(model=model, programs=programs, **{**arguments, **changes})
+
+
+@needs_libtpu  # whose version the report has
+def test_one_program_that_does_not_fit_is_told_and_the_rest_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Too large after compiling, a merge too large, and one of whose leaves the compiler refuses."""
+    compiled = Program.compile
+
+    def compile(program: Program):
+        if program.name == "merge averaging, one tensor":
+            raise ValueError(f"{program.name} does not compile: {REFUSAL}")
+        return compiled(program)
+
+    monkeypatch.setattr(Program, "compile", compile)
+    report = compiled_here(
+        monkeypatch,
+        families.CONFIGS["palm"],
+        programs=["decode", "merge"],
+        methods=[Averaging(), TaskArithmetic()],
+        memory_bytes=10_000,
+    )
+    programs = json.loads(json.dumps(report))["programs"]
+    assert list(programs) == ["decode", "merge averaging", "merge task_arithmetic"]
+    assert not any(found["fits"] for found in programs.values())
+    # The stacked [3, 32, 48] kernels, and the merge's three of each.
+    kernel = ["layers/mlp/wi_0/kernel", 3 * 32 * 48 * 4]
+    assert kernel in programs["decode"]["largest_arguments"]
+    for name in ("merge averaging", "merge task_arithmetic"):
+        assert programs[name]["largest_arguments"][0][1] == 3 * kernel[1]
+        assert [kernel[0], 3 * kernel[1]] in programs[name]["largest_arguments"]
+    assert "reason" not in programs["merge task_arithmetic"]
+    assert programs["merge averaging"]["reason"] == (
+        "final_norm/scale: Ran out of memory in memory space hbm. Used 2G of 1G hbm."
+    )
+    assert programs["merge averaging"]["largest_allocations"] == [
+        "jit(f)/mul f32[32,4096] 1.50G",
+        "f32[8] 512B",
+    ]
+    decode, averaging, arithmetic = report["shortfalls"]
+    needed, most = (plan.size_text(size) for size in (programs["decode"]["memory_bytes"], 10_000))
+    assert decode.startswith(f"decode does not fit: it needs {needed} of a chip's {most}, ")
+    assert f"Its largest arguments: {kernel[0]} {plan.size_text(kernel[1])}" in decode
+    assert "; largest inside: jit(decode)/" in decode
+    assert "largest inside: jit(f)/mul f32[32,4096] 1.50G, f32[8] 512B" in averaging
+    assert f"{kernel[0]} {plan.size_text(3 * kernel[1])}" in arithmetic
+    assert "| merge averaging      | does not fit:" in capsys.readouterr().out
+
+
+REFUSAL = """RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 2G of 1G hbm.
+
+Largest program allocations in hbm:
+
+  1. Size: 1.50G
+     Operator: op_name="jit(f)/mul" source_file="f.py" source_line=1
+     Shape: f32[32,4096]{1,0:T(8,128)}
+     Unpadded size: 1.50G
+
+  2. Size: 512B
+     Shape: f32[8]{0}
+"""
+
+
+@needs_libtpu
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_every_family_is_compiled_as_itself(monkeypatch: pytest.MonkeyPatch, family: str):
+    model = families.CONFIGS[family]
+    found = compiled_here(monkeypatch, model, programs=["decode"])["programs"]["decode"]
+    cache = 2 * model.num_layers * 3 * (5 + 2) * model.num_kv_heads * model.head_dim
+    assert found["argument_bytes"] == 4 * (model.num_params() + cache + 3 + 3)  # ids and lengths
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("family", "remat"),
+    [("palm", "none"), ("palm", "full"), ("llama", "full"), ("gemma3", "full")],
+)
+def test_a_train_step_has_the_operations_of_arithmetic(
+    monkeypatch: pytest.MonkeyPatch, family: str, remat: str, capsys: pytest.CaptureFixture[str]
+):
+    """To the last one, but for the parameters of norms, which no product reads."""
+    model = families.CONFIGS[family]
+    if family == "llama":  # a table that is only looked up in has no products
+        model = dataclasses.replace(model, tied_embeddings=True)
+    chunks = 1 if remat == "none" else 2  # a chunk of the readout is computed again
+    report = compiled_here(
+        monkeypatch, model, programs=["train"], remat=remat, vocabulary_chunks=chunks
+    )
+    params = decoder.abstract_params(families.MODELS[type(model)](model))
+    scales = sum(x.size for path, x in jax.tree.leaves_with_path(params) if path[-1].key == "scale")
+    flops, told = (report["programs"]["train"][name] for name in ("flops", "arithmetic"))
+    passes = 6 if remat == "none" else 8
+    norms = passes * scales * 4 * 16
+    assert flops + norms == pytest.approx(flops / told["least_ratio"], rel=1e-9)
+    assert (told["ratio"] < told["least_ratio"]) == (remat == "full" and family != "gemma3")
+    assert told["ratio"] == flops / told["flops"]
+    printed = f"\ntrain: its operations are {told['ratio']:.3f} of ({passes} x parameters + "
+    assert printed in capsys.readouterr().out
+
+
 # ---- the table ------------------------------------------------------------------------------------------------------
 
 
@@ -340,7 +470,11 @@ def saved(folder: pathlib.Path, name: str, *, slices: int = 1) -> str:
         "programs": {
             "train": step,
             "score": {**step, "fits": False, "memory_bytes": 120e9},
-            "decode": {"fits": False, "reason": "Used 200G of 95G.", "largest": [["a/b", 10]]},
+            "decode": {
+                "fits": False,
+                "reason": "Used 200G of 95G.",
+                "largest_arguments": [["a/b", 10]],
+            },
             "merge ties": merge,
             "survey ties": {**merge, "roofline": {**roofline, "seconds": 0.25}},
         },

@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from launch import devices, evaluate
+from launch import devices, evaluate, exit_codes
 from launch.pod.local import run_local
+from merging import evaluate as stage
 from merging.models import model_file
 from merging.models.config import PalmConfig
 from merging.models.palm import Palm
@@ -250,6 +251,30 @@ def test_two_processes_of_four_devices_give_the_same(
             assert mine == theirs
 
 
+def test_sigterm_keeps_the_scores_and_the_same_command_goes_on(
+    checkpoint: pathlib.Path,
+    whole: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(stage, "SAVE_TOKENS", 1)  # after each task
+    write, before = stage._write, signal.getsignal(signal.SIGTERM)
+
+    def write_and_send(*arguments: Any) -> None:
+        write(*arguments)
+        signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "_write", write_and_send)
+        with pytest.raises(SystemExit) as ended:
+            run(checkpoint, tmp_path / "out")
+    assert ended.value.code == exit_codes.PREEMPTED
+    assert {line["task"] for line in lines(tmp_path / "out.partial")} == {"causes_mini"}
+    assert run(checkpoint, tmp_path / "out").examples == 5
+    assert lines(tmp_path / "out") == lines(whole)
+    signal.signal(signal.SIGTERM, before)
+
+
 @pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_and_gives_the_same(
     checkpoint: pathlib.Path, whole: pathlib.Path, tmp_path: pathlib.Path
@@ -262,9 +287,9 @@ def test_a_run_that_is_killed_goes_on_and_gives_the_same(
         command(checkpoint, ended, module="tests.launch.killed_evaluate", **given), cwd=REPOSITORY
     )
     assert killed.returncode == -signal.SIGKILL
-    assert not ended.exists() and (partial / "scores.jsonl.tmp").exists()
+    assert not ended.exists() and any(partial.glob("scores.jsonl.*.tmp"))
     assert {line["model"] for line in lines(partial)} == {"a"}
     again = run(checkpoint, ended, **given)
     assert again.examples == 10  # the second model's
     assert lines(ended) == [line | {"model": name} for name in both for line in lines(whole)]
-    assert not (ended / "scores.jsonl.tmp").exists()
+    assert not any(ended.glob("*.tmp"))

@@ -67,11 +67,13 @@ def test_training_tells_step_loss_and_the_time_left():
     clock.now += 2
     shown("expert", 4, {"loss": 1.0})  # 3 steps in 6 s, 6 to go
     shown("expert", 5, {"loss": 0.9, "validation/loss": 0.8})  # told although a line has just been
+    shown("expert", 6, {"validation/score": 0.75})
     shown("expert", 10, {"loss": 0.5})
     assert stream.getvalue().splitlines() == [
         "expert 1/10: loss 2.0000",
         "expert 4/10: loss 1.0000, 12 s left",
         "expert 5/10: loss 0.9000, validation loss 0.8000, 8 s left",
+        "expert 6/10: score 0.750, 5 s left",
         "expert 10/10: loss 0.5000",
     ]
 

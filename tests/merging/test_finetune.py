@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import pathlib
 import shutil
@@ -14,16 +15,21 @@ import jax
 import numpy as np
 import optax
 import pytest
+from orbax.checkpoint._src.serialization import serialization
 
 from launch.pod.local import run_local
 from merging import finetune, manifest
 from merging.checkpoints.format import CheckpointError
+from merging.evaluation.examples import Example, Task
+from merging.interrupted import Interrupted
 from merging.models import model_file
+from merging.models.families import model_of
 from merging.models.parameters import read_params
 from merging.partitioning import MeshShape
 from merging.training import planning
-from merging.training.loop import Interrupted, TrainingError
+from merging.training.loop import TrainingError
 from merging.training.optimizer import Averaging, adamw
+from merging.training.validation import Validation
 from tests.merging.training import runs
 
 MESHES = {
@@ -326,6 +332,79 @@ def test_the_best_on_validation_is_taken_and_a_run_without_hope_ends(tmp_path: p
     same_bits(tmp_path / "out", tmp_path / "four")
 
 
+def example(number: int) -> Example:
+    """A prompt and two choices of one token each."""
+    tokens = np.random.default_rng(number).permutation(np.arange(2, runs.V)).astype(np.int32)
+    choices = (tokens[:1], tokens[1:2])
+    prompt = np.concatenate([[0], tokens[2:6]]).astype(np.int32)
+    return Example(
+        id=str(number), prompt=prompt, choices=choices, truth=number % 2, choices_text=("a", "b")
+    )
+
+
+def right(truths: Any, predictions: Any) -> dict[str, float]:
+    return {"accuracy": float(np.mean(np.equal(truths, predictions))), "accuracy_stderr": 0.0}
+
+
+TASKS = [
+    Task(name="words", prompt=prompt, kind="rank", metric=right, examples=[*map(example, numbers)])
+    for prompt, numbers in (("first", range(7)), ("second", range(7, 12)))
+]
+BY_TASKS = Validation(
+    tasks=TASKS, main={"words": "accuracy"}, vocabulary_digest="", identity={"tasks": ["words"]}
+)
+
+
+def test_a_run_is_validated_by_tasks(tmp_path: pathlib.Path):
+    """Against the likelier of both choices by the whole forward pass of one prompt at a time."""
+    runs.run(tmp_path / "out", train_steps=2, validation=BY_TASKS)
+    config = model_file.read(tmp_path / "out").config
+    model, mesh = model_of(config), MeshShape().mesh(jax.devices()[:1])
+    params = {"params": read_params(tmp_path / "out", config, mesh)}
+
+    @jax.jit
+    def logits(prompt: Any) -> Any:
+        sees_all = jax.numpy.ones((1, len(prompt)), bool)
+        return model.apply(params, prompt[None], prefix_mask=sees_all)[0, -1]
+
+    shares = []
+    for task in TASKS:
+        scores = [(np.asarray(logits(each.prompt)), each) for each in task.examples]
+        picked = [int(found[e.choices[1][0]] > found[e.choices[0][0]]) for found, e in scores]
+        shares.append(np.mean([p == e.truth for p, (_, e) in zip(picked, scores, strict=True)]))
+    (line,) = (line for line in runs.curve(tmp_path / "out") if "validation/loss" in line)
+    assert line["validation/words/accuracy"] == pytest.approx(np.mean(shares))
+    assert line["validation/score"] == pytest.approx(np.mean(shares))
+    assert manifest.read(tmp_path / "out")["identity"]["validation"] == {"tasks": ["words"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("metric", "found"),
+    [("score", [0.3, 0.9, 0.5, 0.4, 1.0]), ("words/nats_per_token", [3.0, 1.0, 2.0, 2.5, 0.1])],
+)
+def test_a_metric_of_tasks_chooses(metric: str, found: list[float], tmp_path: pathlib.Path):
+    class Told(Validation):
+        metrics = (metric,)
+
+        def evaluator(self, *arguments: Any, **more: Any) -> Any:
+            values = iter(found)
+            return lambda params, name: {metric: next(values)}
+
+    told: list[str] = []
+    runs.run(
+        tmp_path / "out",
+        validate_every=2,
+        choose="best",
+        best_metric=metric,
+        patience=2,
+        log=told.append,
+        validation=Told(tasks=TASKS, main={}, vocabulary_digest=""),
+    )
+    assert told == ["taking step 4, the best on validation"]
+    assert manifest.read(tmp_path / "out")["metrics"]["ones"]["steps"] == 8
+
+
 # ---- what is wrong -----------------------------------------------------------------------------------------------
 
 
@@ -351,6 +430,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: pathlib.Path):
         ({"mesh": MeshShape(model=8)}, r"mlp/wi_0/kernel.*|heads"),
         ({"microbatches": 3}, "MICROBATCHES=3 don't divide BATCH_SIZE=8"),
         ({"choose": "best"}, "need VALIDATE_EVERY"),
+        (
+            {"patience": 2, "validate_every": 1, "best_metric": "f1"},
+            "BEST_METRIC is 'f1', wanted one of loss, accuracy, score, words/accuracy$",
+        ),
+        ({"best_metric": "score"}, "decide nothing without CHOOSE"),
+        ({"best_is": "least"}, "BEST_IS is 'least', wanted 'lowest' or 'highest'"),
         ({"train_steps": 0}, "TRAIN_STEPS is 0"),
         ({"model": None}, "give MODEL"),
         ({"format": "safetensors"}, "Hugging Face has no PaLM"),
@@ -362,8 +447,22 @@ def test_what_can_be_known_before_is_refused(
     changes: dict[str, Any], message: str, tmp_path: pathlib.Path
 ):
     with pytest.raises(ValueError, match=message):
-        finetune.plan(runs.settings(tmp_path / "out", **changes), [runs.mixture()])
+        settings = runs.settings(tmp_path / "out", **changes)
+        finetune.plan(settings, [runs.mixture()], validation=BY_TASKS)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_validation_without_anything_to_validate_on_is_refused(tmp_path: pathlib.Path):
+    mixture = dataclasses.replace(runs.mixture(), validation=None)
+    with pytest.raises(ValueError, match="nothing to validate on"):
+        finetune.plan(runs.settings(tmp_path / "out", validate_every=2), [mixture])
+
+
+def test_tasks_in_another_vocabulary_are_refused(tmp_path: pathlib.Path):
+    known = model_file.Vocabulary(name="bytes", digest="b" * 64)
+    mixture = dataclasses.replace(runs.mixture(), vocabulary=known)
+    with pytest.raises(ValueError, match="VALIDATION_TASKS are in another vocabulary"):
+        finetune.plan(runs.settings(tmp_path / "out"), [mixture], validation=BY_TASKS)
 
 
 def test_a_full_disk_is_refused(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
@@ -371,6 +470,39 @@ def test_a_full_disk_is_refused(tmp_path: pathlib.Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(manifest.OutputError, match="1,000 free"):
         finetune.plan(runs.settings(tmp_path / "out"), [runs.mixture()])
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_while_a_state_is_saved(
+    whole: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Saved behind the run's back: told when the next one is due, and what is on disk is gone on from."""
+    settings: dict[str, Any] = {"checkpoint_every": 4, "validate_every": 6}
+    at = []
+    write = serialization.async_serialize_from_host
+
+    async def full(*arguments: Any, **more: Any) -> None:
+        if at and at[-1] >= 7:  # as tensorstore tells of a full tmpfs
+            raise ValueError(
+                "RESOURCE_EXHAUSTED: Failed to write 889305 bytes to file 4: No space left on device"
+            )
+        await write(*arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(serialization, "async_serialize_from_host", full)
+        with pytest.raises(OSError, match="the one of step 4 is kept.*No space left") as told:
+            runs.run(
+                tmp_path / "out",
+                write_metrics=lambda name, step, values: at.append(step),
+                **settings,
+            )
+    assert told.value.errno == errno.ENOSPC
+    assert told.value.filename == str(tmp_path / "out.partial/checkpoints/0")
+    assert at[-1] > 8 and not (tmp_path / "out").exists()
+    said: list[str] = []
+    runs.run(tmp_path / "out", log=said.append, **settings)
+    assert said == ["going on from step 4 of 12"]
+    same_bits(tmp_path / "out", whole)
 
 
 def test_optimizers_are_known_by_what_they_do():

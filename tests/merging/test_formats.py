@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -11,10 +12,13 @@ import pytest
 import merging
 from merging.checkpoints import FORMATS, open_checkpoint
 from merging.convert import Settings, convert
+from merging.convert import plan as plan_convert
+from merging.engine import plan
 from merging.methods.averaging import Averaging
 from merging.methods.dare_ties import DareTies
 from merging.methods.ties import Ties
 from tests import models
+from tests.merging.checkpoints.trees_common import nested
 
 METHODS = {"averaging": Averaging(), "ties": Ties(), "dare_ties": DareTies()}
 
@@ -36,8 +40,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict, pathli
     return plain, {**plain, "experts": mixed}, folder / "merged"
 
 
-def read(folder: pathlib.Path) -> models.Model:
-    with contextlib.closing(open_checkpoint(folder)) as reader:
+def read(folder: pathlib.Path, params_path: str | None = None) -> models.Model:
+    with contextlib.closing(open_checkpoint(folder, params_path=params_path)) as reader:
         return {
             name: reader.read(name, tuple(slice(0, size) for size in spec.shape))
             for name, spec in reader.specs().items()
@@ -73,13 +77,73 @@ def test_the_output_keeps_the_format_of_the_base(inputs, tmp_path: pathlib.Path)
     assert np.asarray(embedding).tobytes() == wanted.tobytes()
 
 
-def test_safetensors_have_no_place_for_optimizer_state(inputs, tmp_path: pathlib.Path):
-    plain, _, _ = inputs
-    with pytest.raises(ValueError, match="OPTIMIZER_STATE is 'base', but safetensors"):
-        merging.merge_checkpoints(
-            **plain, output_dir=tmp_path / "out", method=Averaging(), optimizer_state="base"
+STATE = {
+    "params/w": np.ones((3, 2), np.float32),
+    "opt_state/mu/w": np.arange(6, dtype=np.float32).reshape(3, 2),
+    "step": np.int32(7),
+}
+
+
+@pytest.fixture(scope="module")
+def state(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A train state that the library of Orbax wrote; no train state of T5X."""
+    import orbax.checkpoint as ocp
+
+    folder = tmp_path_factory.mktemp("state") / "state"
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(folder, nested(STATE))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("base", "given", "message"),
+    [
+        ("plain", {"optimizer_state": "base"}, "safetensors files hold parameters only"),
+        (
+            "plain",
+            {"optimizer_state": "base", "format": "orbax"},
+            "only checkpoints that are trees",
+        ),
+        ("state", {"optimizer_state": "base", "format": "safetensors"}, "hold parameters only"),
+        ("state", {"optimizer_state": "base", "format": "t5x"}, "no place for .*opt_state/mu/w"),
+        ("state", {"optimizer_state": "base", "format": "t5x_orbax"}, "no place for .*opt_state"),
+        (["a//b"], {"format": "orbax"}, "key '' is empty"),
+        (["a", "a/b"], {"format": "t5x"}, "'b'.* lies in another leaf"),
+        (["w" * 300], {"format": "t5x"}, "too long for the folder"),
+    ],
+)
+def test_what_a_format_can_not_hold_is_told_when_planning(
+    inputs, state, tmp_path: pathlib.Path, base, given: dict, message: str
+):
+    """So that a dry run says it."""
+    if isinstance(base, str):
+        folder = {"plain": inputs[0]["base"], "state": state}[base]
+    else:
+        folder = models.save(tmp_path / "base", dict.fromkeys(base, np.ones(2, np.float32)))
+    before = sorted(tmp_path.rglob("*"))
+    given = {"base": folder, "experts": [folder], "method": Averaging(), **given}
+    params_path = "params" if base == "state" else None
+    with pytest.raises(ValueError, match=message):
+        plan.plan(plan.Settings(**given, params_path=params_path, output_dir=tmp_path / "out"))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_conversion_says_what_it_drops_and_keeps_it_when_told(state, tmp_path: pathlib.Path):
+    told = r"2 leaves \(28 B\) beside the parameters: opt_state/mu/w, step \(OPTIMIZER_STATE='{}'\)"
+    for choice, doing in (("drop", "drops"), ("input", "keeps")):
+        settings = Settings(
+            input=state,
+            output_dir=tmp_path / choice,
+            params_path="params",
+            optimizer_state=choice,
+            output_dtype="bfloat16",
         )
-    assert list(tmp_path.iterdir()) == []
+        with contextlib.closing(plan_convert(settings)) as planned:
+            assert re.search(f"{doing} +{told.format(choice)}", planned.describe())
+        convert(settings)
+    params = {"params/w": STATE["params/w"].astype(models.BFLOAT16)}
+    assert models.same_bits(read(tmp_path / "drop", ""), params)
+    assert models.same_bits(read(tmp_path / "input", ""), STATE | params)
 
 
 def test_an_unknown_format_is_refused(inputs, tmp_path: pathlib.Path):

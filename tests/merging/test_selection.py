@@ -211,6 +211,14 @@ def test_output_types_hold_for_what_is_left_out(three, tmp_path: pathlib.Path):
         ),
         ({"vocabulary_rows": "some"}, "VOCABULARY_ROWS is 'some'"),
         ({"tied": "yes"}, "TIED is 'yes'"),
+        (
+            {"tied": {"model.embed_token.weight": "model.square.weight"}},
+            "TIED has 'model.embed_token.weight', which no leaf is like; did you mean model.embed_tokens.weight",
+        ),
+        (
+            {"tied": {EMBED: "no_such"}},
+            "TIED has 'no_such', which no leaf is like; leaves are named",
+        ),
     ],
 )
 def test_wrong_selections_are_refused(three, tmp_path: pathlib.Path, settings: dict, match: str):

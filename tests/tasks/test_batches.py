@@ -178,6 +178,29 @@ def test_a_stretch_of_a_mixtures_epoch(registered, lengths):
     assert [tuple(each.inputs.tolist()) for each in read.take(0, 120, 135)] == whole[120:135]
 
 
+def test_a_mixture_without_rows_is_an_error(
+    registered, tmp_path: pathlib.Path, lengths, monkeypatch: pytest.MonkeyPatch
+):
+    from tasks import stream
+
+    row_ = {"id": "a", "split": "validation", "fields": row(0)}
+    content = gzip.compress(json.dumps(row_).encode())
+    (tmp_path / "rotten_tomatoes.jsonl.gz").write_bytes(content)
+    with pytest.raises(stream.NoExamples, match=f"{ONE_TASK} has no train example"):
+        registered(local_data=tmp_path)
+        streamed(lengths)
+    registered()
+    monkeypatch.setattr(stream.Stream, "_read", lambda self, *which: iter(()))
+    nothing = "has 60 train examples and none gives a row: its prompts passed over all"
+    for position in (None, {"epoch": 2, "example": 50, "row": 0}):  # the rest of an epoch may be
+        reader = streamed(lengths, position=position)
+        with pytest.raises(stream.NoExamples, match=nothing):
+            next(reader)
+    assert reader.position["epoch"] == 3
+    with pytest.raises(stream.NoExamples, match=nothing):
+        pack(tmp_path, lengths)
+
+
 def test_held_out_is_not_trained_on(registered, tmp_path: pathlib.Path, lengths):
     from tasks import batches
 

@@ -372,7 +372,7 @@ def test_nothing_is_there_before_the_commit(tmp_path):
 def test_what_orbax_can_not_hold_is_refused_at_once(tmp_path):
     with pytest.raises(ValueError, match="storage is 'hdf5'"):
         orbax.Writer(tmp_path, {}, storage="hdf5")
-    with pytest.raises(ValueError, match="needs a base that is a tree"):
+    with pytest.raises(ValueError, match="only checkpoints that are trees"):
         orbax.Writer(tmp_path, {}, optimizer_state="base")
     specs = {"x": LeafSpec(name="x", shape=(2,), dtype=np.dtype(ml_dtypes.float8_e4m3fn))}
     with pytest.raises(ValueError, match="float8_e4m3fn"):

@@ -260,6 +260,17 @@ def test_figures_of_a_program_compiled_here():
     assert found.to_json()["compile_seconds"] == 2.0
 
 
+def test_the_largest_results_are_those_in_main_memory():
+    assert Program(REDUCTIONS).largest_results == [("reduce u32[5]", 20)]
+    assert Program(LOOP).largest_results == [
+        ("all-gather-done f32[32]", 128),
+        ("slice f32[8]", 32),
+        ("tanh f32[8]", 32),
+        ("add s32[]", 4),
+        ("compare pred[]", 1),
+    ]
+
+
 # ---- the engine's programs ------------------------------------------------------------------------------------------
 
 

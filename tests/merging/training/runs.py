@@ -22,7 +22,7 @@ LENGTH, ROWS, V = 16, 8, 64
 CONFIG = PalmConfig(
     vocab_size=V, embed_dim=16, num_layers=2, num_heads=2, head_dim=8, mlp_dim=32, dropout_rate=0.1
 )
-GIVEN = ("should_stop", "evaluate", "log", "write_metrics")
+GIVEN = ("should_stop", "log", "write_metrics")
 NEVER_EQUAL = ("step_seconds", "tokens_per_s")
 
 
@@ -86,10 +86,12 @@ def settings(output: pathlib.Path, **changes: Any) -> Settings:
 def run(
     output: pathlib.Path, mixtures: Sequence[Mixture] | None = None, **changes: Any
 ) -> finetune.Report:
-    """One run; `GIVEN` are arguments of `finetune.run`, the others settings."""
+    """One run; `GIVEN` are arguments of `finetune.run`, `validation` one of `finetune.plan`, the others settings."""
     given = {k: changes.pop(k) for k in GIVEN if k in changes}
     mixtures = [mixture()] if mixtures is None else mixtures
-    planned = finetune.plan(settings(output, **changes), mixtures, is_one=len(mixtures) == 1)
+    validation = changes.pop("validation", None)
+    asked = settings(output, **changes)
+    planned = finetune.plan(asked, mixtures, is_one=len(mixtures) == 1, validation=validation)
     return finetune.run(planned, **given)
 
 

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from merging.training.optimizer import adafactor, adamw, decays
+from merging.models.decoder import Decoder
+from merging.training.batch import Batch
+from merging.training.optimizer import Averaging, adafactor, adamw, decays, freezing
+from merging.training.step import init_state, train_step
+from tests.merging.models import families
 
 STACKED = {"layers": 0}
+_TOKENS = np.random.default_rng(0).integers(0, 40, (4, 7), dtype=np.int32)  # of `families`
+BATCH = Batch(_TOKENS[:, :-1], _TOKENS[:, 1:], np.ones((4, 6), np.float32))
 
 
 def tree(seed: int):
@@ -29,9 +37,10 @@ def tree(seed: int):
 def run(optimizer: optax.GradientTransformation, steps: int):
     params = tree(0)
     state = optimizer.init(params)
+    update = functools.partial(optax.with_extra_args_support(optimizer).update, stacked=STACKED)
     for step in range(1, steps + 1):
         with jax.numpy_dtype_promotion("standard"):  # optax's AdamW raises floats to whole numbers
-            updates, state = jax.jit(optimizer.update)(tree(step), state, params)
+            updates, state = jax.jit(update)(tree(step), state, params)
         params = optax.apply_updates(params, updates)
     return params
 
@@ -53,7 +62,7 @@ def plain_adafactor(x, gradients, *, rate, axes, is_decayed):
 
 
 def test_adafactor_is_palms_tensor_by_tensor():
-    found = run(adafactor(lambda count: 0.05 / jnp.sqrt(count + 1.0), stacked=STACKED), 6)
+    found = run(adafactor(lambda count: 0.05 / jnp.sqrt(count + 1.0)), 6)
     grads = [tree(step) for step in range(1, 7)]
 
     def rate(k: int) -> float:
@@ -84,7 +93,7 @@ def test_adafactor_is_palms_tensor_by_tensor():
 
 
 def test_a_stacked_layer_is_stepped_as_it_would_be_alone():
-    stacked = run(adafactor(0.01, stacked=STACKED), 3)["layers"]["kernel"]
+    stacked = run(adafactor(0.01), 3)["layers"]["kernel"]
     optimizer = adafactor(0.01)
     for layer in range(2):
         params = {"kernel": tree(0)["layers"]["kernel"][layer]}
@@ -94,6 +103,37 @@ def test_a_stacked_layer_is_stepped_as_it_would_be_alone():
             updates, state = optimizer.update(gradient, state, params)
             params = optax.apply_updates(params, updates)
         np.testing.assert_allclose(stacked[layer], params["kernel"], rtol=1e-6)
+
+
+def test_a_step_of_scanned_layers_is_that_of_unrolled_ones():
+    """Without a word from the user, and through what goes around an optimizer."""
+
+    def stepped(model: Decoder, params):
+        # Updates are smooth in gradients by this epsilon, where their signs would be noise; and are clipped.
+        palms = adafactor(0.1, epsilon=1e-6, clipping_threshold=0.1)
+        optimizer = Averaging().around(freezing(palms, ["token_embedder/*"]))
+        step = functools.partial(train_step, model=model, optimizer=optimizer)
+        state, _ = jax.jit(step)(init_state(params, optimizer), BATCH, np.int32(0))
+        return state.params
+
+    scanned = families.build("palm")
+    start = families.params_of(scanned)
+    factors = jnp.array([1.0, 2.0, 0.5])  # layers' sizes differ
+    start["layers"] = jax.tree.map(
+        lambda x: x * factors.reshape(-1, *[1] * (x.ndim - 1)), start["layers"]
+    )
+    found = families.unstacked(stepped(scanned, start))
+    wanted = stepped(families.build("palm", scan_layers=False), families.unstacked(start))
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    for (path, a), b, before in zip(
+        jax.tree.leaves_with_path(found),
+        jax.tree.leaves(wanted),
+        jax.tree.leaves(families.unstacked(start)),
+        strict=True,
+    ):
+        moved = np.linalg.norm(b - before)
+        assert np.linalg.norm(a - b) <= 1e-4 * moved, jax.tree_util.keystr(path)
+        assert (moved == 0) == ("token_embedder" in jax.tree_util.keystr(path))
 
 
 def test_without_momentum_and_decay_it_holds_one_moment_a_parameter():
