@@ -64,6 +64,11 @@ def validation(asked: ValidationTasks, registered: Mapping[str, Any]) -> Validat
         truncation=asked.truncation,
     )
     found, identity = evaluation_tasks(examples, registered)
+    digests = identity["vocabularies"]["targets"]
+    if len(digests) > 1:
+        raise ValueError(
+            f"VALIDATION_TASKS are in {len(digests)} vocabularies: take tasks of one collection, or give VOCABULARY"
+        )
     infos = [registry.task_infos()[name] for name in identity["tasks"]]
     return Validation(
         tasks=found,
@@ -72,7 +77,7 @@ def validation(asked: ValidationTasks, registered: Mapping[str, Any]) -> Validat
             for task, info in zip(found, infos, strict=True)
             if task.metric is not None
         },
-        vocabulary_digest=identity["vocabulary"],
+        vocabulary_digest=digests[0],
         row_length=sum(asked.lengths.values()) + 1,
         identity=identity,
     )

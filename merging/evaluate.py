@@ -40,9 +40,6 @@ from merging.partitioning import MeshShape, mesh_of
 # of a task.
 SAVE_TOKENS = 4_000_000
 
-# The most tokens of a row where neither user nor model says it.
-ROW_LENGTH = 2_048
-
 # (what is evaluated, examples done, of how many)
 Progress = Callable[[str, int, int], None]
 
@@ -59,8 +56,8 @@ class Settings:
       mesh: how devices are used; None: all of them along the data axis.
       dtype, param_dtype: of activations, and of parameters in memory; None: as the configuration has them.
       normalization, batch_tokens, shapes, vocabulary_chunks: see `evaluator.Options`.
-      row_length: the most tokens of a prompt with a choice, or with what is generated; None: ROW_LENGTH, or as many as the model
-        has learnt where these are fewer.
+      row_length: the most tokens of a prompt with a choice, or with what is generated; None: as many as `evaluator.Options` has, or
+        as the model has learnt where these are fewer.
       prefix_lm: prompts see themselves in both directions; None: where the model is PaLM, as it is trained here.
       write_examples: every example with its prediction too.
     """
@@ -93,7 +90,7 @@ class Settings:
         learnt = config.max_positions
         row_length = self.row_length
         if row_length is None:
-            row_length = ROW_LENGTH if learnt is None else min(ROW_LENGTH, learnt)
+            row_length = min(Options.row_length, learnt or Options.row_length)
         if learnt is not None and row_length > learnt:
             raise ValueError(
                 f"ROW_LENGTH is {row_length:,}, and the model has learnt {learnt:,} positions (max_position_embeddings of its"
