@@ -26,6 +26,7 @@ class Chip:
       memory_bytes_per_s: bandwidth of the main memory.
       link_bytes_per_s: out of the chip over all of its links; the vendor's figure for both directions, halved.
       source: page of cloud.google.com, read in November 2026.
+      network_bytes_per_s: of the data centre's network, its share of a pod's; None: not on the page.
     """
 
     flops_per_s: float
@@ -33,6 +34,7 @@ class Chip:
     memory_bytes_per_s: float
     link_bytes_per_s: float
     source: str
+    network_bytes_per_s: float | None = None
 
 
 # By the generation in a topology's name. v4's page has no link bandwidth: six links of 50 GB/s each way (arXiv 2304.01433,
@@ -51,6 +53,7 @@ CHIPS = {
         memory_bytes_per_s=819 * GB,
         link_bytes_per_s=200 * GB,
         source="tpu/docs/v5e",
+        network_bytes_per_s=6.4e12 / 8 / 256,
     ),
     "v5p": Chip(
         flops_per_s=459e12,

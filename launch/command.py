@@ -43,6 +43,6 @@ def _main(main: Callable[[devices.Processes], None], argv: Sequence[str]) -> Non
     except (ValueError, OSError) as error:
         if logging.get_verbosity() >= logging.DEBUG:
             traceback.print_exc()
-        where = f" (process {joined.index} of {joined.count})" if joined.count > 1 else ""
+        where = f" ({joined.name})" if joined.count > 1 else ""
         print(f"Error{where}: {error}", file=sys.stderr)
         devices.end(exit_codes.MISTAKE, joined)

@@ -7,6 +7,10 @@ To another layout, with all layers of a parameter in one array, and back:
   python -m launch.convert --input=/data/model --layout=stacked --output=/data/stacked
   python -m launch.convert --input=/data/stacked --layout='unstacked(axis=0)' --output=/data/model_again
 
+A llama or gemma 3 that was trained here, as a folder that transformers opens, and such a folder in our own tree:
+  python -m launch.convert --input=/data/expert --layout=huggingface --output=/data/exported
+  python -m launch.convert --input=/data/exported --layout=own --format=orbax --output=/data/ours
+
 The same by gin, where everything can be set (gin_configs/runs/convert.gin lists the macros):
   python -m launch.convert --gin_file=gin_configs/runs/convert.gin --gin.INPUT='"/data/model"' \
     --gin.OUTPUT_DTYPE='"bfloat16"' --gin.OUTPUT_DIR='"/data/model_bfloat16"'
@@ -44,7 +48,7 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "layout",
         None,
-        "Such as 'stacked(axis=1)'; the input's if not given; short for --gin.LAYOUT.",
+        "Such as 'stacked(axis=1)', 'huggingface' or 'own'; the input's if not given; short for --gin.LAYOUT.",
     )
     flags.DEFINE_string("output", None, "Folder to be made; short for --gin.OUTPUT_DIR.")
 

@@ -18,7 +18,7 @@ import pathlib
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from absl import flags
@@ -68,11 +68,19 @@ COMPILATION_CACHE_DIR = flags.DEFINE_string(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Processes:
-    """Who takes part in a job. One process needs no coordinator."""
+    """Who takes part in a job. One process needs no coordinator.
+
+    Attributes:
+      coordinator: host:port of process 0.
+      count: processes.
+      index: of this one.
+      slice: number of the TPU slice that it is on, where the job has several; None: there is one.
+    """
 
     coordinator: str | None = None
     count: int = 1
     index: int = 0
+    slice: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.index < self.count:
@@ -84,6 +92,12 @@ class Processes:
                 f"{self.count} processes need a coordinator host:port, and it is {self.coordinator!r}:"
                 " give --coordinator_address or MERGING_COORDINATOR"
             )
+
+    @property
+    def name(self) -> str:
+        """This process, for messages: `process 70 of 256, slice 1`."""
+        where = "" if self.slice is None else f", slice {self.slice}"
+        return f"process {self.index} of {self.count}{where}"
 
 
 def start_from_flags() -> Processes:
@@ -134,7 +148,7 @@ def start(
         jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
     if joined.count == 1:
         return
-    who = f"Process {joined.index} of {joined.count}"
+    who = joined.name.capitalize()
     print(
         f"{who}: waiting at most {timeout_s} s for the others at {joined.coordinator}.",
         file=sys.stderr,
@@ -165,17 +179,20 @@ def start(
 
 
 def end(code: int, joined: Processes) -> NoReturn:
-    """Ends this process. One that has failed does not wait for the others, which an ordinary exit does (jax 0.10.2)."""
+    """Ends this process. One that has failed does not wait for the others, which an ordinary exit does (jax 0.10.2).
+
+    Processes that were asked to stop all end: one that left earlier would be taken for one that has died.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
-    if code and joined.count > 1:
+    if code not in (0, exit_codes.PREEMPTED) and joined.count > 1:
         os._exit(code)
     sys.exit(code)
 
 
 def _fail(joined: Processes, heartbeat_timeout_s: int, *error: Any) -> NoReturn:
     sys.__excepthook__(*error)
-    print(f"Process {joined.index} of {joined.count} failed.", file=sys.stderr, flush=True)
+    print(f"{joined.name.capitalize()} failed.", file=sys.stderr, flush=True)
     import jax
 
     is_of_collective = issubclass(error[0], jax.errors.JaxRuntimeError)
@@ -211,7 +228,7 @@ def processes(
             " give --coordinator_address, --process_count and --process_index, or MERGING_COORDINATOR,"
             " MERGING_PROCESS_COUNT and MERGING_PROCESS_INDEX, or none of them"
         )
-    return Processes(**said)
+    return Processes(**said, slice=_slice(environment.get, said["index"], said["count"]))
 
 
 def _of_cluster(environment: Mapping[str, str]) -> Processes:
@@ -221,18 +238,28 @@ def _of_cluster(environment: Mapping[str, str]) -> Processes:
         return Processes()
     # jax offers this within `initialize` only, before which the processes meet.
     from jax._src.clusters import ClusterEnv
+    from jax._src.clusters.cloud_tpu_cluster import get_tpu_env_value
 
     try:
         coordinator, count, index, _ = ClusterEnv.auto_detect_unset_distributed_params(
             None, None, None, None, method, INITIALIZATION_TIMEOUT_S
         )
+        # Of TPUs jax has just asked the same: the environment, then the metadata server.
+        ask = environment.get if method == "slurm" else get_tpu_env_value
+        of_slice = _slice(ask, index, count)
     except (KeyError, ValueError, RuntimeError, OSError) as error:
         raise ValueError(
             f"this looks like a process of a {CLUSTERS[method]} cluster, and who takes part can't be read from it"
             f" ({type(error).__name__}: {error}): give --coordinator_address, --process_count and --process_index, or"
             " --process_count=1 to run alone"
         ) from error
-    return Processes(coordinator=coordinator, count=count, index=index)
+    return Processes(coordinator=coordinator, count=count, index=index, slice=of_slice)
+
+
+def _slice(ask: Callable[[str], str | None], index: int, count: int) -> int | None:
+    """The slice of a process: slices have equally many, one after another. None where there is one slice."""
+    slices = int(ask("MEGASCALE_NUM_SLICES") or 1)
+    return index * slices // count if slices > 1 else None
 
 
 # jax's names of the clusters that are looked for.

@@ -26,11 +26,12 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from launch import command, devices, gin_config
+from launch import command, devices, gin_config, preemption
 from launch.progress import Evaluating
 
 if TYPE_CHECKING:  # the library brings jax, which --help does without
-    from merging.evaluate import Report
+    from launch.evaluation import Examples
+    from merging.evaluate import Report, Settings
     from merging.evaluation.collect import Score
 
 RUN_FILE = "gin_configs/runs/evaluate.gin"
@@ -61,6 +62,14 @@ def define_flags() -> None:
 def main(joined: devices.Processes) -> None:
     """Evaluates as the flags say."""
     values = flags.FLAGS
+    if values.tasks and values.harness_tasks:
+        raise ValueError(
+            "give --tasks, ours, or --harness_tasks, and not both: each has a run and an output of its own"
+        )
+    if values.harness_path and not values.harness_tasks:
+        raise ValueError(
+            "--harness_path says where tasks are defined: name those to be run by --harness_tasks"
+        )
     files, bindings = gin_config.shorthand(
         {
             "CHECKPOINTS": values.checkpoint,
@@ -132,6 +141,7 @@ def evaluate(
     """Prints configuration and plan, evaluates, and prints the scores; returns the report, None after a dry run."""
     from launch.evaluation import evaluation_tasks
     from merging import evaluate as stage
+    from merging.interrupted import Interrupted
 
     command.quiet_libraries()
     asked = resolved.arguments["settings"]
@@ -145,7 +155,16 @@ def evaluate(
         return None
     gc.freeze()  # what imports made stays out of the collector's way
     shown = Evaluating(models=len(planned.configs), is_shown=is_shown)
-    report = stage.run(planned, config_text=resolved.text, progress=shown, log=shown.log)
+    try:
+        report = stage.run(
+            planned,
+            config_text=resolved.text,
+            progress=shown,
+            log=shown.log,
+            should_stop=preemption.should_stop(joined),
+        )
+    except Interrupted as stopped:
+        preemption.end(stopped, shown.log, joined)
     if is_shown:
         print(described(report, planned), flush=True)
     return report
@@ -169,6 +188,7 @@ def harness_evaluate(
 
     command.quiet_libraries()
     asked, examples = resolved.arguments["settings"], resolved.arguments["examples"]
+    refuse_in_harness(asked, examples)
     echo = print if joined.index == 0 else lambda text: None
     echo(resolved.text)
     names = examples.mixture_or_task_name
@@ -186,6 +206,7 @@ def harness_evaluate(
             include_path=include_path,
             limit=examples.limit,
             few_shot=examples.few_shot,
+            seed=examples.seed,
         ),
         vocabulary=made,
         vocabulary_digest=vocabularies.digest(made),
@@ -193,6 +214,27 @@ def harness_evaluate(
         is_dry_run=is_dry_run,
         echo=echo,
     )
+
+
+def refuse_in_harness(asked: Settings, examples: Examples) -> None:
+    """Raises ValueError for what was set and says nothing to tasks of the harness, whose definitions say it themselves."""
+    ours = {
+        "NUM_PROMPTS": (examples, "num_prompts"),
+        "SPLIT": (examples, "split"),
+        "MEASURE": (examples, "measure"),
+        "TRUNCATION": (examples, "truncation"),
+        "NORMALIZATION": (asked, "normalization"),
+        "WRITE_EXAMPLES": (asked, "write_examples"),
+    }
+    given = [
+        name
+        for name, (where, field) in ours.items()
+        if getattr(where, field) != getattr(type(where), field)
+    ]
+    if given:
+        raise ValueError(
+            f"{', '.join(given)} can't be combined with --harness_tasks, whose definitions say it: leave it out"
+        )
 
 
 def with_vocabulary(registered: Mapping[str, Any], asked: Any) -> dict[str, Any]:
@@ -221,9 +263,9 @@ def described(report: Report, planned: Any) -> str:
     """The scores in a table, a line for each model, task and metric; over several prompts the mean and their spread."""
     from launch.tasks import table
 
-    rows = [
-        ["model", "task", "metric", "score", "stderr", "prompts", "spread", "chance", "examples"]
-    ]
+    head = ["model", "task", "metric", "score", "stderr", "prompts", "spread", "chance", "examples"]
+    is_cut = any(score.cut_inputs or score.cut_targets for score in report.scores)
+    rows = [head + ["cut inputs", "cut targets"] * is_cut]
     groups: dict[tuple[str, str, str], list[Score]] = {}
     for score in report.scores:
         groups.setdefault((score.model, score.task, score.metric), []).append(score)
@@ -247,15 +289,22 @@ def described(report: Report, planned: Any) -> str:
                 f"{sum(score.count for score in scores):,}",
             ]
         )
+        if is_cut:
+            rows[-1] += [
+                f"{sum(score.cut_inputs for score in scores):,}",
+                f"{sum(score.cut_targets for score in scores):,}",
+            ]
     told = "\n".join(table(rows))
-    if report.was_done:
-        return f"{told}\nNothing to do: {planned.settings.output_dir} holds these scores already."
+    output = planned.settings.output_dir
     rate = report.examples / report.seconds if report.seconds else 0
-    lines = [
-        told,
-        f"{report.examples:,} examples in {report.seconds:.1f} s ({rate:,.0f}/s, compiling and reading included),"
-        f" to {planned.settings.output_dir}",
-    ]
+    done = (
+        f"Nothing to do: {output} holds these scores already."
+        if report.was_done
+        else f"{report.examples:,} examples in {report.seconds:.1f} s ({rate:,.0f}/s, compiling and reading included), to {output}"
+    )
+    lines = [told, done]
+    if is_cut:
+        lines.append("cut inputs, cut targets: examples that lost tokens to TASK_FEATURE_LENGTHS")
     if report.ties:
         lines.append(
             f"{report.ties:,} examples had several best choices of equal score: the first of them counts"

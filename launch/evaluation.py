@@ -40,6 +40,10 @@ class Examples:
     truncation: str = "end"
 
     def __post_init__(self) -> None:
+        if not self.mixture_or_task_name:
+            raise ValueError(
+                f"MIXTURE_OR_TASK_NAME is {self.mixture_or_task_name!r}: name at least one mixture or task"
+            )
         if self.measure not in ("metric", "loss"):
             raise ValueError(f"MEASURE is {self.measure!r}: it must be 'metric' or 'loss'")
         for name in ("limit", "num_prompts"):
@@ -63,7 +67,7 @@ def evaluation_tasks(
     Raises ValueError for names that aren't known, a split that is missing, and tasks without examples.
     """
     import tasks
-    from tasks import evaluation, packing, vocabularies
+    from tasks import evaluation, identity, packing
 
     tasks.register(**registered)
     sets = [
@@ -79,13 +83,12 @@ def evaluation_tasks(
         )
         for name in task_names(asked)
     ]
-    identity = {
+    depends_on = {
         **dataclasses.asdict(asked),
-        "tasks": [each.info.name for each in sets],
-        "vocabulary": vocabularies.digest(sets[0].vocabulary),
         "lengths": dict(asked.lengths),
+        **identity.of_tasks(each.info.name for each in sets),
     }
-    return [_task(each, asked) for each in sets], identity
+    return [_task(each, asked) for each in sets], depends_on
 
 
 def task_names(asked: Examples) -> list[str]:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from launch import command, devices, exit_codes, gin_config, preemption
+from launch import command, devices, gin_config, preemption
 from launch.mixtures import Mixtures, mixtures
 from launch.observers import Observers
 from launch.progress import Training
@@ -82,7 +82,7 @@ def finetune(
 ) -> Report | None:
     """Prints configuration and plan, trains, and prints the report, which it returns; None after a dry run."""
     from merging import finetune as stage
-    from merging.training.loop import Interrupted
+    from merging.interrupted import Interrupted
 
     command.quiet_libraries()
     settings, asked = resolved.arguments["settings"], resolved.arguments["mixtures"]
@@ -97,6 +97,7 @@ def finetune(
         return None
     gc.freeze()  # what imports made stays out of the collector's way
     observers = resolved.arguments["observers"]
+    is_asked = preemption.should_stop(joined)
     with (
         Training(steps=settings.train_steps, is_shown=is_shown) as shown,
         observers.metrics() as write,
@@ -113,16 +114,11 @@ def finetune(
                 config_text=resolved.text,
                 log=shown.log,
                 write_metrics=write_metrics,
-                should_stop=preemption.should_stop(joined),
+                should_stop=lambda step: is_asked(),
                 trace=trace,
             )
         except Interrupted as stopped:
-            shown.log(f"{stopped}: its state is saved, the same command goes on from there")
-            is_stopped = True
-        else:
-            is_stopped = False
-    if is_stopped:  # here, where all that was written is whole
-        devices.end(exit_codes.PREEMPTED, joined)
+            preemption.end(stopped, shown.log, joined)
     if is_shown:
         print(report.describe(), flush=True)
     return report

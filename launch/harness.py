@@ -61,6 +61,7 @@ class HarnessModel(TemplateLM):
         """
         super().__init__()
         self._evaluate, self._vocabulary, self.max_length = evaluate, vocabulary, max_length
+        self.cut_contexts = 0  # of all requests
 
     @property
     def eot_token_id(self) -> int:
@@ -99,8 +100,8 @@ class HarnessModel(TemplateLM):
         for number, (_, context, continuation) in enumerate(requests):
             if not continuation:
                 raise ValueError(f"request {number} has a continuation without a token")
-            kept = tuple(context[-max(1, self.max_length + 1 - len(continuation)) :])
-            together.setdefault(kept, []).append(number)
+            kept = self._end_of(context, max(1, self.max_length + 1 - len(continuation)))
+            together.setdefault(tuple(kept), []).append(number)
         examples = [
             Example(
                 id=str(numbers[0]),
@@ -149,7 +150,12 @@ class HarnessModel(TemplateLM):
             if asked["do_sample"] or asked.keys() - GREEDY:
                 raise ValueError(f"generation here is greedy: a task asks for {asked}")
             most = int(asked["max_gen_toks"])
-            prompt = self.tok_encode(context)[-(self.max_length - most) :]
+            if most >= self.max_length:
+                raise ValueError(
+                    f"a task generates {most:,} tokens (max_gen_toks), which leaves no room for a context in"
+                    f" {self.max_length:,}: lower it, or raise ROW_LENGTH where the model has learnt such positions"
+                )
+            prompt = self._end_of(self.tok_encode(context), self.max_length - most)
             example = Example(
                 id=str(number), prompt=np.array(prompt, np.int32), choices=(), truth=None
             )
@@ -167,6 +173,11 @@ class HarnessModel(TemplateLM):
             for (number, _, until), text in zip(members, result.predictions, strict=True):
                 texts[number] = postprocess_generated_text(text, until, None)
         return texts
+
+    def _end_of(self, context: Sequence[int], room: int) -> Sequence[int]:
+        """As much of a context as there is room for, at least one token; one that loses its beginning is counted."""
+        self.cut_contexts += len(context) > room
+        return context[-room:]
 
     def _decode(self, tokens: Sequence[int]) -> str:
         if self._is_hugging_face:
@@ -194,12 +205,14 @@ class Asked:
       include_path: a folder of definitions; the harness's own are then not known.
       limit: examples of each, the first; None: all.
       few_shot: training examples before each; 0: as many as the task says.
+      seed: of these, and of whatever else the harness draws.
     """
 
     names: Sequence[str]
     include_path: str | None = None
     limit: int | None = None
     few_shot: int = 0
+    seed: int = 0
 
     def tasks(self) -> TaskManager:
         """What is known by name. Raises ValueError for names that aren't."""
@@ -226,6 +239,7 @@ class Asked:
             "names": list(self.names),
             "limit": self.limit,
             "few_shot": self.few_shot,
+            "seed": self.seed,
             "definitions": definitions,
             "lm_eval": importlib.metadata.version("lm_eval"),
         }
@@ -266,12 +280,12 @@ def evaluate(
     if is_dry_run:
         return None
     mesh = mesh_of(settings.mesh)
-    found = {}
+    found, cut = {}, {}
     for model_id, config in configs.items():
         model = HarnessModel(
             _evaluate_of(settings, model_id, config, mesh),
             vocabulary,
-            max_length=settings.row_length,
+            max_length=settings.options(config).row_length,
         )
         results = lm_eval.simple_evaluate(
             model,
@@ -281,14 +295,23 @@ def evaluate(
             task_manager=tasks,
             log_samples=False,
             bootstrap_iters=1_000,
+            random_seed=asked.seed,
+            numpy_random_seed=asked.seed,
+            torch_random_seed=asked.seed,
+            fewshot_random_seed=asked.seed,
         )
         echo(f"{model_id}\n{make_table(results)}")
+        cut[model_id] = model.cut_contexts
+        if model.cut_contexts:
+            echo(
+                f"{model.cut_contexts:,} contexts were longer than the row ({model.max_length:,} tokens): their beginning was cut"
+            )
         found[model_id] = results["results"]
     if hosts.is_main():
         staging = manifest.Staging(output)
         staging.create(identity)
         (staging.folder / RESULTS).write_text(json.dumps(found, indent=1, default=str))
-        staging.commit(manifest.provenance(identity) | {"config": config_text})
+        staging.commit(manifest.provenance(identity) | {"config": config_text, "cut_contexts": cut})
     hosts.wait_for_all("committed")
     return found
 

@@ -17,7 +17,7 @@ What a YAML file of mergekit says, as far as the methods are here (merging/merge
   python -m launch.merge --mergekit_config=merge.yml --output=/data/merged
 
 The same command again returns at once where the output is done, and goes on where an earlier one was killed or failed.
---dry_run checks the inputs and prints the plan.
+--dry_run checks the inputs and prints the plan; with --gin_file=gin_configs/meshes/v5e-256.gin what it takes on that TPU, too.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from launch import command, devices, gin_config, progress
+from launch import command, devices, gin_config, merge_price, preemption, progress
 
 if TYPE_CHECKING:  # the library brings jax, which --help does without
     from merging.merge import Report
@@ -82,7 +82,7 @@ def main(joined: devices.Processes) -> None:
             print("".join(f"# {values.mergekit_config}: {note}\n" for note in notes), end="")
     bindings += gin_config.GIN_BINDINGS.value
     resolved = configured(files, bindings, search_paths=gin_config.GIN_SEARCH_PATHS.value)
-    merge(resolved, is_dry_run=gin_config.DRY_RUN.value, is_shown=joined.index == 0)
+    merge(resolved, joined, is_dry_run=gin_config.DRY_RUN.value)
 
 
 def shorthand(
@@ -122,28 +122,51 @@ def configured(
 ) -> gin_config.Resolved:
     """What gin files and bindings say about a merge."""
     from merging.engine.plan import Settings
+    from merging.partitioning import MeshShape
 
     gin_config.register(Settings, name="merge")
+    gin_config.register(merge_price.On, name="price")
+    gin_config.register_values(MeshShape)
     gin_config.register_methods()
     gin_config.parse(files, bindings, search_paths=search_paths, either={"METHOD": "METHODS"})
     return gin_config.resolve(Settings, name="merge")
 
 
+def priced_on() -> merge_price.On:
+    """What the configuration says of a TPU to price the merge for."""
+    return merge_price.On(**gin_config.resolve(merge_price.On, name="price").arguments)
+
+
 def merge(
-    resolved: gin_config.Resolved, *, is_dry_run: bool = False, is_shown: bool = True
+    resolved: gin_config.Resolved, joined: devices.Processes, *, is_dry_run: bool = False
 ) -> Report | None:
     """Prints configuration and plan, merges, and prints the report, which it returns; None after a dry run."""
     from merging import merge as stage
+    from merging.interrupted import Interrupted
 
+    is_shown = joined.index == 0
+    should_stop = preemption.should_stop_soon(joined)
     planned = stage.plan(stage.Settings(**resolved.arguments))
     if is_shown:
         print(f"{resolved.text}\n{planned.describe()}\n", flush=True)
     if is_dry_run:
+        on = priced_on()
+        if is_shown and on.mesh is not None:
+            print(merge_price.described(merge_price.price(planned, on), on), flush=True)
         planned.close()
         return None
     gc.freeze()  # what imports made stays: a collection that walks it takes as long as ten pieces
     with progress.Progress(is_shown=is_shown) as shown:
-        report = stage.run(planned, config_text=resolved.text, progress=shown, log=shown.log)
+        try:
+            report = stage.run(
+                planned,
+                config_text=resolved.text,
+                progress=shown,
+                log=shown.log,
+                should_stop=should_stop,
+            )
+        except Interrupted as stopped:
+            preemption.end(stopped, shown.log, joined)
     if is_shown:
         print(report.describe(), flush=True)
     return report

@@ -71,7 +71,7 @@ def mixtures(asked: Mixtures, registered: Mapping[str, Any], *, train_rows: int)
 
 def _mixture(name: str, asked: Mixtures, registered: Mapping[str, Any], train_rows: int) -> Mixture:
     from merging.finetune import Mixture
-    from tasks import batches, packing, vocabularies
+    from tasks import batches, identity, packing
     from tasks.stream import NoExamples, Stream
 
     lengths = packing.Lengths.of(asked.lengths)
@@ -95,7 +95,7 @@ def _mixture(name: str, asked: Mixtures, registered: Mapping[str, Any], train_ro
         truncation=asked.truncation,
         rate_cap=rate_cap,
     )
-    identity: dict[str, Any] = {
+    depends_on: dict[str, Any] = {
         "seed": asked.seed,
         "lengths": dict(asked.lengths),
         "truncation": asked.truncation,
@@ -103,12 +103,11 @@ def _mixture(name: str, asked: Mixtures, registered: Mapping[str, Any], train_ro
     }
     if asked.stream:
         make_train = functools.partial(_streamed, stream, "train")
-        identity["tasks"] = [task.name for task in train.tasks]
-        identity["vocabulary"] = vocabularies.digest(vocabulary)
+        depends_on |= identity.of_tasks(task.name for task in train.tasks)
     else:
         folder = pack(split="train", max_rows=train_rows)
         make_train = functools.partial(_packed, folder, asked.seed)
-        identity["rows"] = folder.name
+        depends_on["rows"] = folder.name
     make_validation: Callable[[int, int, int], Source] | None = None
     split = asked.validation_split
     if split is not None and any(split in task.splits for task in train.tasks):
@@ -119,7 +118,7 @@ def _mixture(name: str, asked: Mixtures, registered: Mapping[str, Any], train_ro
                 f"{error}: give another VALIDATION_SPLIT, or VALIDATION_SPLIT=None for none"
             ) from error
         make_validation = functools.partial(_packed, folder, asked.seed)
-        identity["validation"] = folder.name
+        depends_on["validation"] = folder.name
     return Mixture(
         name=name,
         train=make_train,
@@ -127,7 +126,7 @@ def _mixture(name: str, asked: Mixtures, registered: Mapping[str, Any], train_ro
         length=lengths.row,
         vocab_size=vocabulary.vocab_size,
         vocabulary=_described(name, vocabulary, registered["vocabulary"]),
-        identity=identity,
+        identity=depends_on,
     )
 
 

@@ -7,7 +7,8 @@ The same command goes on after anything. One phase of a study, by the second of 
   python -m launch.study --study=paper --output=gs://bucket/paper --gin.PHASE='"cells"' --worker=1 --num_workers=8
 
 --dry_run prints what a study is made of, --status what of it is there, --plan what it will cost. gin_configs/runs/study.gin lists
-the macros. A phase that finds an earlier one undone ends with exit code 3.
+the macros. A phase that finds an earlier one undone names what it lacks and ends with exit code 3; launch.report reports on
+what is there of a study that runs.
 """
 
 from __future__ import annotations
@@ -156,7 +157,7 @@ def study(
 ) -> None:
     """Prints the study, makes what is missing, and says where the report is."""
     from merging import study as stage
-    from merging.training.loop import Interrupted
+    from merging.interrupted import Interrupted
 
     command.quiet_libraries()
     is_shown = joined.index == 0
@@ -181,16 +182,18 @@ def study(
             write_metrics=shown.metrics,
             should_stop=preemption.should_stop(joined),
         )
+        is_reported = "report" in phases and worker == 0
+        if is_reported:
+            stage.check_done(planned)
     except Interrupted as stopped:
-        shown.log(f"{stopped}: its state is saved, the same command goes on from there")
-        devices.end(exit_codes.PREEMPTED, joined)
+        preemption.end(stopped, shown.log, joined)
     except stage.InputMissing as missing:
         shown.log(f"Error: {missing}")
         devices.end(exit_codes.INPUT_MISSING, joined)
     if not is_shown:
         return
     print(report.describe(), flush=True)
-    if "report" in phases and worker == 0:
+    if is_reported:
         from merging.report import report as make_report
 
         print(make_report(planned.places.root).describe(), flush=True)

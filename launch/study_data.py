@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
+
+from etils import epath
 
 from launch.evaluation import Examples, evaluation_tasks
 from launch.mixtures import Mixtures, mixtures
@@ -50,6 +53,7 @@ def study_data(sources: Sources, registered: Mapping[str, Any]) -> Data:
         mixture=functools.partial(_mixture, sources, registered),
         tasks=functools.partial(_tasks, sources, registered),
         tuning_tasks=functools.partial(_tuning_tasks, sources, registered),
+        depends_on=functools.partial(_depends_on, sources, registered),
     )
 
 
@@ -143,3 +147,18 @@ def _tuning_tasks(sources: Sources, registered: Mapping[str, Any]) -> Tasks:
 
     asked = _judged(sources, catalog.HELD_IN, limit=sources.tuning_limit)
     return evaluation_tasks(asked, registered)
+
+
+def _depends_on(sources: Sources, registered: Mapping[str, Any], is_tuned: bool) -> dict[str, Any]:
+    """All that is set about examples, but for where they and what is made of them lie."""
+    found = {
+        **dataclasses.asdict(sources),
+        **{name: value for name, value in registered.items() if name != "local_data"},
+    }
+    del found["cache_dir"]
+    if not is_tuned:
+        del found["tuning_limit"]
+    vocabulary = registered.get("vocabulary")
+    if vocabulary not in (None, "bytes"):
+        found["vocabulary"] = hashlib.sha256(epath.Path(vocabulary).read_bytes()).hexdigest()
+    return found

@@ -92,7 +92,7 @@ def prices(planned: Plan, sources: Sources) -> list[Price]:
                 merges=len(merges),
                 merge_bytes=sum(4 * number * (cell.num_experts + 2) for cell in merges),
                 evaluations=len(models) * len(datasets),
-                stored_bytes=4 * number * len(trained),
+                stored_bytes=4 * number * (len(trained) + len(merges) * s.keep_merged),
             )
         )
     return found

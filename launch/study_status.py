@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
 SHOWN = 10  # missing items that are named
 
+# What a model's scores take, one after another; of an earlier version the first in place of the two behind it.
+OF_A_CELL = ("load_or_merge_seconds", "load_seconds", "merge_seconds", "evaluate_seconds")
+
 
 def described(planned: Plan) -> str:
     """A line for each phase and size, the first of what is missing by name, and the time that one worker needs for it."""
@@ -56,6 +59,6 @@ def seconds_of(item: Item) -> float:
     total = 0.0
     for folder in item.folders:
         how = manifest.read(folder)
-        names = ("seconds",) if "seconds" in how else ("load_or_merge_seconds", "evaluate_seconds")
-        total += sum(how[name] for name in names)
+        names = ("seconds",) if "seconds" in how else OF_A_CELL
+        total += sum(how.get(name, 0.0) for name in names)
     return total

@@ -6,6 +6,7 @@ r"""Lists tasks and mixtures, and shows examples of any of them.
   python -m launch.tasks copa_which --examples=5 --split=validation five of a task
   python -m launch.tasks held_in_mini --features --inputs_length=64 --targets_length=16
                                                                     packed rows, token by token
+  python -m launch.tasks --describe                                 the miniature in numbers: sizes, balance of labels, majority, chance
 
 Inputs are blue and targets green; a listing loads neither TensorFlow nor seqio. Everything else is set by gin, see
 gin_configs/runs/tasks.gin: --gin.VOCABULARY='"/models/gemma/tokenizer.json"'.
@@ -48,6 +49,11 @@ EXAMPLES = flags.DEFINE_integer(
 FEATURES = flags.DEFINE_bool(
     "features", False, "Show packed rows as features, not examples as text."
 )
+DESCRIBE = flags.DEFINE_bool(
+    "describe",
+    False,
+    "The miniature in numbers: sizes, balance of labels, majority, chance, words.",
+)
 INPUTS_LENGTH = flags.DEFINE_integer("inputs_length", 1024, "Tokens of inputs, for --features.")
 TARGETS_LENGTH = flags.DEFINE_integer("targets_length", 256, "Tokens of targets, for --features.")
 COLOR = flags.DEFINE_enum(
@@ -59,8 +65,10 @@ BLUE, GREEN, GREY, BOLD = "34", "32", "90", "1"
 
 def main(argv: Sequence[str]) -> None:
     """Lists, or shows one task or mixture."""
-    if len(argv) > 2:
-        raise app.UsageError(f"name one task or mixture; found {len(argv) - 1}")
+    if len(argv) > 2 or (len(argv) == 2 and DESCRIBE.value):
+        raise app.UsageError(
+            f"name one task or mixture, with --describe none; found {len(argv) - 1}"
+        )
     command.quiet_libraries()
     try:
         arguments = configured(
@@ -70,7 +78,11 @@ def main(argv: Sequence[str]) -> None:
             local_data=LOCAL_DATA.value,
         )
         paint = painter(COLOR.value == "always" or (COLOR.value == "auto" and sys.stdout.isatty()))
-        if len(argv) == 1:
+        if DESCRIBE.value:
+            from tasks.miniature import summary
+
+            lines = summary.lines()
+        elif len(argv) == 1:
             lines = listed(arguments, COLLECTION.value, paint)
         elif FEATURES.value:
             lines = features(argv[1], arguments, paint)
@@ -108,11 +120,13 @@ def configured(
 def listed(
     arguments: dict[str, Any], collections: Sequence[str] | None, paint: Any
 ) -> Iterator[str]:
-    """A table of datasets and one of mixtures for each collection, from the catalog alone."""
-    from tasks import catalog, mixing
+    """A table of datasets and one of mixtures for each collection, from the catalog alone; then the instruction mixture."""
+    from tasks import catalog, mixing, p3
 
     folder, cap = arguments.get("local_data"), arguments.get("rate_cap", mixing.RATE_CAP)
     every = list(catalog.datasets().values())
+    if arguments.get("prompts") == "p3":
+        every = p3.with_p3_prompts(every)
     known = {"study" if not each else each: each for each in catalog.COLLECTIONS}
     for name in collections or known:
         if name not in known:
@@ -144,6 +158,30 @@ def listed(
             rows.append([mixture, f"{tasks_count}", f"{epoch:,}" if is_known else "?"])
         yield from table(rows)
         yield ""
+    if arguments.get("instruction_tasks"):
+        yield from _instructions(arguments)
+
+
+def _instructions(arguments: dict[str, Any]) -> Iterator[str]:
+    """What the user named, which only seqio's registries know."""
+    import tasks
+
+    tasks.register(**arguments)
+
+    import seqio
+
+    from tasks import instructions, registry
+
+    members = registry.mixtures()[instructions.MIXTURE]
+    found = seqio.MixtureRegistry.get(instructions.MIXTURE)
+    epoch = sum(found.get_rate(task) for task in found.tasks)
+    yield from table(
+        [
+            ["mixture", "tasks", "examples of an epoch"],
+            [instructions.MIXTURE, f"{len(members)}", f"{int(epoch):,}"],
+        ]
+    )
+    yield f"of {', '.join(members)}"
 
 
 def _dataset_row(dataset: Dataset, collection: str, folder: str | None) -> list[str]:
@@ -197,7 +235,7 @@ def examples(name: str, arguments: dict[str, Any], paint: Any) -> Iterator[str]:
 
     import seqio
 
-    from tasks import registry
+    from tasks import preprocessors, registry
 
     split = SPLIT.value
     of_task = [
@@ -214,7 +252,8 @@ def examples(name: str, arguments: dict[str, Any], paint: Any) -> Iterator[str]:
         if task not in readers:
             dataset = provider.get_dataset(None, split=split, shuffle=True, seed=0)
             readers[task] = dataset.as_numpy_iterator()
-        example = next(readers[task], None)
+        with preprocessors.told():
+            example = next(readers[task], None)
         if example is None:
             return
         yield ""
@@ -233,10 +272,11 @@ def features(name: str, arguments: dict[str, Any], paint: Any) -> Iterator[str]:
 
     tasks.register(**arguments)
 
-    from tasks import packing, stream, vocabularies
+    from tasks import mixing, packing, stream, vocabularies
 
     lengths = packing.Lengths(inputs=INPUTS_LENGTH.value, targets=TARGETS_LENGTH.value)
-    read = stream.Stream(name, split=SPLIT.value, lengths=lengths)
+    cap = arguments.get("rate_cap", mixing.RATE_CAP)
+    read = stream.Stream(name, split=SPLIT.value, lengths=lengths, rate_cap=cap)
     vocabulary = read.tasks[0].output_features["targets"].vocabulary
     start_id = vocabularies.start_id(read.tasks[0].output_features["inputs"].vocabulary)
     rows = packing.pack(read.take(0), length=lengths.row)

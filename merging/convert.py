@@ -19,9 +19,8 @@ from etils import epath
 
 from merging import manifest
 from merging.checkpoints import check_writable, open_checkpoint, open_writer
-from merging.checkpoints.format import LeafSpec, Reader, Writer
-from merging.checkpoints.huggingface import read_config
-from merging.checkpoints.known_layouts import named_layout
+from merging.checkpoints.format import CheckpointError, LeafSpec, Reader, Writer
+from merging.checkpoints.known_layouts import named_layout, parsed
 from merging.checkpoints.layout_reader import LayoutReader
 from merging.checkpoints.layouts import Layout
 from merging.engine import journal
@@ -32,8 +31,10 @@ from merging.engine.plan import OUTPUT_DTYPES, check_format, size_text, stored_a
 from merging.engine.resources import PeakResident
 from merging.engine.stream import to_float32
 from merging.engine.workers import work_on
-from merging.models import model_file
+from merging.models import huggingface, model_file
+from merging.models.config import Gemma3Config, LlamaConfig
 from merging.models.model_file import ModelFile
+from merging.models.trees import as_huggingface, as_model
 
 # Nothing is computed, so pieces are larger than a merge's: fewer calls, and longer runs where leaves are transposed.
 PIECE_ELEMENTS = 1 << 22
@@ -51,9 +52,9 @@ class Settings:
     Attributes:
       input: a checkpoint's folder.
       output_dir: folder to be made.
-      format: a name of `checkpoints.FORMATS`; None keeps the input's.
-      layout: a Layout, or a name of `known_layouts.LAYOUTS` with options, such as "stacked(axis=1)"; None keeps the
-        input's.
+      format: a name of `checkpoints.FORMATS`; None keeps the input's, or makes a Hugging Face folder of that layout.
+      layout: a Layout, or a name of `known_layouts.LAYOUTS` with options, such as "stacked(axis=1)"; or one of a model's two
+        trees: "huggingface", or our "own" ("own(scan_layers=False)"). None keeps the input's.
       params_path: where the parameters lie in a train state.
       optimizer_state: "drop", or "input" to write what the input's train state holds beside its parameters, as it is.
       output_dtype: float32, bfloat16 or float16 for float leaves; None keeps the type of each.
@@ -81,7 +82,9 @@ class Plan:
       reader: open, gives leaves in the output's layout.
       stored: what it reads, in the input's layout.
       folder: of the input, whose config and tokenizer go along; None where it has none.
-      model: what the input's model.json says, which goes along; None where it has none.
+      model: what the output's model.json says; None where it has none.
+      config: what the output's config.json says, where the layout is Hugging Face's; None elsewhere.
+      carries_config: the input's config.json says that already.
       format: of the output.
       layout: name of the layout that is applied, or None.
       specs: leaves of the output, in storage order.
@@ -96,6 +99,8 @@ class Plan:
     stored: Reader
     folder: epath.Path | None
     model: ModelFile | None
+    config: LlamaConfig | Gemma3Config | None
+    carries_config: bool
     output: epath.Path
     format: str
     layout: str | None
@@ -109,9 +114,12 @@ class Plan:
     @property
     def stacked(self) -> Mapping[str, int]:
         """The output's stacked leaves: {pattern of paths: axis over layers}."""
-        if self.layout is None and self.model is not None:
-            return self.model.stacked
-        return {n: s.stacked for n, s in self.specs.items() if s.stacked is not None}
+        return _stacked(self.specs) if self.model is None else self.model.stacked
+
+    @property
+    def dtype(self) -> str | None:
+        """The float type that the output's config.json names; None: as the input's does."""
+        return _named_dtype(self.settings, self.config)
 
     @property
     def nbytes(self) -> int:
@@ -220,15 +228,24 @@ def plan(settings: Settings) -> Plan:
         path = epath.Path(settings.input)
         folder = path if path.is_dir() else None
         described = None if folder is None else model_file.read_if_there(folder)
-        output_format = settings.format or reader.format
-        budget = settings.memory_budget_bytes
-        layout = settings.layout
-        if isinstance(layout, str):
-            layout = named_layout(layout, reader.specs(), read_config(folder))
-        if layout is not None:
-            # A quarter: transposed leaves read through it, all others don't.
-            reader = LayoutReader(reader, layout, buffer_bytes=budget // 4)
-            budget -= budget // 4
+        budget, config = settings.memory_budget_bytes, None
+        layout, output_format = settings.layout, settings.format or reader.format
+        # Of the budget, a quarter: transposed leaves read through it, all others don't.
+        buffer_bytes = 0 if layout is None else budget // 4
+        budget -= buffer_bytes
+        if isinstance(layout, str) and parsed(layout)[0] == "own":
+            reader, described = _as_own(reader, layout, path, settings.output_dtype, buffer_bytes)
+        elif isinstance(layout, str) and parsed(layout)[0] == "huggingface":
+            reader, config = _as_huggingface(
+                reader, layout, path, settings.output_dtype, buffer_bytes
+            )
+            described, output_format = None, settings.format or "safetensors"
+        elif layout is not None:
+            if isinstance(layout, str):
+                layout = named_layout(layout, reader.specs())
+            reader = LayoutReader(reader, layout, buffer_bytes=buffer_bytes)
+            if described is not None:
+                described = dataclasses.replace(described, stacked=_stacked(reader.specs()))
         specs = stored_as(settings.output_dtype, reader.specs())
         beside = check_writable(
             output_format,
@@ -236,7 +253,7 @@ def plan(settings: Settings) -> Plan:
             like=reader,
             carry_from=folder,
             shard_bytes=settings.shard_bytes,
-            dtype=settings.output_dtype,
+            dtype=_named_dtype(settings, config),
             optimizer_state=_KEPT[settings.optimizer_state],
         )
         identity = {
@@ -259,9 +276,11 @@ def plan(settings: Settings) -> Plan:
             stored=stored,
             folder=folder,
             model=described,
+            config=config,
+            carries_config=config is None or huggingface.says(path, config),
             output=output,
             format=output_format,
-            layout=None if layout is None else layout.name,
+            layout=layout.name if isinstance(layout, Layout) else layout,
             specs=specs,
             beside=beside,
             limit=piece_limit(
@@ -280,6 +299,49 @@ def plan(settings: Settings) -> Plan:
         )
         opened.pop_all()  # all is well: the plan's owner closes it
     return planned
+
+
+def _stacked(specs: Mapping[str, LeafSpec]) -> dict[str, int]:
+    return {name: spec.stacked for name, spec in specs.items() if spec.stacked is not None}
+
+
+def _as_own(
+    reader: Reader, layout: str, folder: epath.Path, dtype: str | None, buffer_bytes: int
+) -> tuple[Reader, ModelFile]:
+    """The reader in the model's own tree, and what model.json says of that."""
+    described = _described(layout, folder, "scan_layers")
+    reader = as_model(reader, described.config, buffer_bytes=buffer_bytes)
+    stored = reader.specs()["token_embedder/embedding"].dtype.name
+    config = dataclasses.replace(described.config, param_dtype=dtype or stored)
+    stacked = model_file.stacked_of(config)
+    return reader, dataclasses.replace(described, config=config, stacked=stacked)
+
+
+def _as_huggingface(
+    reader: Reader, layout: str, folder: epath.Path, dtype: str | None, buffer_bytes: int
+) -> tuple[Reader, LlamaConfig | Gemma3Config]:
+    """The reader in Hugging Face's tree, and what config.json has to say of that."""
+    config = _described(layout, folder).config
+    reader = as_huggingface(reader, config, buffer_bytes=buffer_bytes)
+    stored = reader.specs()[huggingface.EMBEDDING].dtype.name
+    return reader, dataclasses.replace(config, param_dtype=dtype or stored)
+
+
+def _described(layout: str, folder: epath.Path, *known: str) -> ModelFile:
+    """What the input says of its model, with the layout's options, fields of the configuration, in place of its own."""
+    options = parsed(layout)[1]
+    if options.keys() - known:
+        raise ValueError(f"LAYOUT {layout!r}: its options are {', '.join(known) or 'none'}")
+    if not model_file.is_described(folder):
+        raise CheckpointError(
+            f"LAYOUT {layout!r} takes the model's sizes from a model.json or config.json in {folder}, and neither is there:"
+            " give the folder that holds it, or copy it there"
+        )
+    return model_file.describe(folder, **options)
+
+
+def _named_dtype(settings: Settings, config: LlamaConfig | Gemma3Config | None) -> str | None:
+    return settings.output_dtype if config is None else config.param_dtype
 
 
 def run(
@@ -359,13 +421,11 @@ def _write(
         kept.flush()
         planned.reader.check_unchanged()
         writer.commit()
+    dtype = planned.settings.output_dtype
     if planned.model is not None:
-        model_file.write_along(
-            staging.folder,
-            planned.model,
-            dtype=planned.settings.output_dtype,
-            stacked=planned.stacked,
-        )
+        model_file.write_along(staging.folder, planned.model, dtype=dtype, stacked=planned.stacked)
+    if not planned.carries_config:
+        huggingface.write_config(staging.folder, planned.config)
     return {
         **outputs.each[""].recorded(),
         "pieces": outputs.pieces,
@@ -383,7 +443,7 @@ def _writer(planned: Plan, folder: epath.Path, *, is_resumed: bool) -> Iterator[
         like=planned.reader,
         carry_from=planned.folder,
         shard_bytes=planned.settings.shard_bytes,
-        dtype=planned.settings.output_dtype,
+        dtype=planned.dtype,
         optimizer_state=_KEPT[planned.settings.optimizer_state],
         is_resumed=is_resumed,
     )

@@ -18,17 +18,30 @@ from etils import epath
 from merging import manifest
 from merging.checkpoints import open_checkpoint
 from merging.engine import hosts
-from merging.evaluation.collect import SCORES, Result, Score, ScoresFile, write_examples
+from merging.evaluation.collect import (
+    SCORES,
+    Result,
+    Score,
+    ScoresFile,
+    total_ties,
+    write_examples,
+)
 from merging.evaluation.evaluator import Evaluator, Options
 from merging.evaluation.examples import Task
+from merging.interrupted import Interrupted, ShouldStop, never
 from merging.models import model_file
 from merging.models.config import DecoderConfig
 from merging.models.families import is_prefix_lm, model_of
-from merging.models.parameters import as_model, read_params
+from merging.models.parameters import read_params
+from merging.models.trees import as_model
 from merging.partitioning import MeshShape, mesh_of
 
-# Padded tokens of one model after which its scores so far are put on disk, at the next end of a task.
+# Tokens of one model, without padding and what is generated, after which its scores so far are put on disk, at the next end
+# of a task.
 SAVE_TOKENS = 4_000_000
+
+# The most tokens of a row where neither user nor model says it.
+ROW_LENGTH = 2_048
 
 # (what is evaluated, examples done, of how many)
 Progress = Callable[[str, int, int], None]
@@ -45,7 +58,9 @@ class Settings:
       params_path: where the parameters are in a train state.
       mesh: how devices are used; None: all of them along the data axis.
       dtype, param_dtype: of activations, and of parameters in memory; None: as the configuration has them.
-      normalization, row_length, batch_tokens, shapes, vocabulary_chunks: see `evaluator.Options`.
+      normalization, batch_tokens, shapes, vocabulary_chunks: see `evaluator.Options`.
+      row_length: the most tokens of a prompt with a choice, or with what is generated; None: ROW_LENGTH, or as many as the model
+        has learnt where these are fewer.
       prefix_lm: prompts see themselves in both directions; None: where the model is PaLM, as it is trained here.
       write_examples: every example with its prediction too.
     """
@@ -58,7 +73,7 @@ class Settings:
     dtype: str | None = None
     param_dtype: str | None = None
     normalization: str = "sum"
-    row_length: int = 2_048
+    row_length: int | None = None
     batch_tokens: int = 4_096
     shapes: int = 4
     vocabulary_chunks: int = 1
@@ -74,12 +89,21 @@ class Settings:
         return dataclasses.replace(self.model, **changes)
 
     def options(self, config: DecoderConfig) -> Options:
-        """How a model of this configuration is run."""
+        """How a model of this configuration is run. Raises ValueError for rows longer than it has learnt."""
+        learnt = config.max_positions
+        row_length = self.row_length
+        if row_length is None:
+            row_length = ROW_LENGTH if learnt is None else min(ROW_LENGTH, learnt)
+        if learnt is not None and row_length > learnt:
+            raise ValueError(
+                f"ROW_LENGTH is {row_length:,}, and the model has learnt {learnt:,} positions (max_position_embeddings of its"
+                " config.json): give at most so many, or None, which is that"
+            )
         prefix_lm = is_prefix_lm(config) if self.prefix_lm is None else self.prefix_lm
         return Options(
             normalization=self.normalization,
             bidirectional=prefix_lm,
-            row_length=self.row_length,
+            row_length=row_length,
             batch_tokens=self.batch_tokens,
             shapes=self.shapes,
             vocabulary_chunks=self.vocabulary_chunks,
@@ -133,7 +157,7 @@ class Report:
 
     Attributes:
       scores: of all models and tasks.
-      ties: ranked examples whose best choices were equal, of what this run evaluated.
+      ties: ranked examples whose best choices were equal, of all models and tasks.
       examples: that this run evaluated.
       seconds: that it took, reading the models included.
       was_done: the output was there already.
@@ -206,6 +230,7 @@ def run(
     config_text: str = "",
     progress: Progress = lambda what, done, total: None,
     log: Callable[[str], None] = lambda text: None,
+    should_stop: ShouldStop = never,
 ) -> Report:
     """Evaluates what is missing.
 
@@ -213,13 +238,17 @@ def run(
       config_text: goes into the manifest.
       progress: hears of examples.
       log: hears of what is not as usual.
+      should_stop: asked between batches, the same on all hosts.
+
+    Raises Interrupted where asked to stop: what was saved by then is gone on with.
     """
     settings = planned.settings
     output = epath.Path(settings.output_dir)
     if manifest.is_done(output, planned.identity):
-        return Report(scores=ScoresFile(output / SCORES).scores, was_done=True)
+        scores = ScoresFile(output / SCORES).scores
+        return Report(scores=scores, ties=total_ties(scores), was_done=True)
     with contextlib.closing(manifest.Staging(output)) as staging:
-        return _run(planned, staging, config_text, progress, log)
+        return _run(planned, staging, config_text, progress, log, should_stop)
 
 
 def _run(
@@ -228,6 +257,7 @@ def _run(
     config_text: str,
     progress: Progress,
     log: Callable[[str], None],
+    should_stop: ShouldStop,
 ) -> Report:
     settings = planned.settings
     started = time.monotonic()
@@ -238,7 +268,7 @@ def _run(
     file = ScoresFile(staging.folder / SCORES)
     mesh = mesh_of(settings.mesh)
     evaluators: dict[DecoderConfig, Evaluator] = {}
-    ties = examples = 0
+    examples = 0
     total = planned.examples
     for model_id, path in settings.checkpoints.items():
         config = planned.configs[model_id]
@@ -253,31 +283,44 @@ def _run(
         params = read_params(path, config, mesh, params_path=settings.params_path)
         done = total - sum(len(task.examples) for task in missing)
         for part in _parts(evaluator, missing):
+            if should_stop():
+                raise Interrupted(f"stopped at {model_id}, {done:,} of {total:,} examples")
             before = done
-            results = evaluator(
-                params,
-                model_id,
-                tasks=part,
-                progress=functools.partial(_told, progress, model_id, before, total),
-            )
             done += sum(len(task.examples) for task in part)
+            told = functools.partial(_told, progress, should_stop, model_id, before, done, total)
+            results = evaluator(params, model_id, tasks=part, progress=told)
             examples += done - before
-            ties += sum(each.ties for each in results)
             if is_main:
                 _write(staging.folder, file, model_id, results, settings)
             hosts.wait_for_all("scores")
     if is_main:
         staging.commit(
             manifest.provenance(planned.identity)
-            | {"config": config_text, "examples": total, "ties": ties}
+            | {"config": config_text, "examples": total, "ties": total_ties(file.scores)}
         )
     hosts.wait_for_all("committed")
     scores = file.scores if is_main else ScoresFile(staging.output / SCORES).scores
-    return Report(scores=scores, ties=ties, examples=examples, seconds=time.monotonic() - started)
+    return Report(
+        scores=scores,
+        ties=total_ties(scores),
+        examples=examples,
+        seconds=time.monotonic() - started,
+    )
 
 
-def _told(progress: Progress, model_id: str, before: int, total: int, examples: int) -> None:
+def _told(
+    progress: Progress,
+    should_stop: ShouldStop,
+    model_id: str,
+    before: int,
+    after: int,
+    total: int,
+    examples: int,
+) -> None:
+    """Of a part, (before, after] of the examples: once it is whole it is saved first."""
     progress(model_id, before + examples, total)
+    if before + examples < after and should_stop():
+        raise Interrupted(f"stopped at {model_id}, {before:,} of {total:,} examples")
 
 
 def _write(

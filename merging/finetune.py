@@ -112,8 +112,8 @@ def run(
       should_stop: (steps taken) -> whether to save the state and stop; the same on all hosts.
       trace: told (steps taken) before each step begins, for who takes a profile.
 
-    Raises loop.TrainingError for a loss that is not finite, loop.Interrupted when asked to stop, ValueError and OSError
-    for what is wrong on disk.
+    Raises loop.TrainingError for a loss that is not finite, interrupted.Interrupted when asked to stop, manifest.Busy where
+    another run is at work on the output, ValueError and OSError for what is wrong on disk.
     """
     return _Run(planned, config_text, log, write_metrics, should_stop, trace).run()
 
@@ -143,13 +143,25 @@ class _Run:
         if plan.is_done:
             return self._report(was_done=True)
         with contextlib.closing(manifest.Staging(plan.output)) as staging:
-            was_whole = hosts.is_main() and staging.is_whole(plan.identity)
-            if hosts.is_main() and not was_whole:
-                staging.resume(plan.identity)
-            was_whole = hosts.of_main(was_whole)
+            was_whole = self._begin(staging)
             if not was_whole:
                 self._run(staging)
         return self._report(was_done=was_whole)
+
+    def _begin(self, staging: manifest.Staging) -> bool:
+        """Makes the staging folder, or goes on with it; whether the output is there but for its name. All hosts raise Busy."""
+        was_whole, busy = False, None
+        if hosts.is_main():
+            try:
+                was_whole = staging.is_whole(self.plan.identity)
+                if not was_whole:
+                    staging.resume(self.plan.identity)
+            except manifest.Busy as error:
+                busy = str(error)
+        was_whole, busy = hosts.of_main([was_whole, busy])
+        if busy is not None:
+            raise manifest.Busy(busy)
+        return was_whole
 
     def _run(self, staging: manifest.Staging) -> None:
         plan = self.plan
@@ -371,6 +383,7 @@ class _Run:
             "mesh": partitioning.describe(self.mesh),
             "metrics": {self.plan.mixtures[n].name: self.last[n] for n in names},
             "seconds": round(time.perf_counter() - self.started, 3),
+            "step_seconds": round(self.spent.steps, 3),
             "config": self.config_text,
         }
 

@@ -8,6 +8,7 @@ and whole, is what makes an output of them.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import errno
 import fcntl
@@ -28,7 +29,14 @@ from etils import epath
 
 from merging.checkpoints.format import UNFINISHED_FILE
 from merging.checkpoints.safetensors_header import load_json, show
-from merging.checkpoints.storage import is_local, put_file, put_whole, small_file, sync
+from merging.checkpoints.storage import (
+    is_local,
+    put_file,
+    put_whole,
+    small_file,
+    sync,
+    temporary_files,
+)
 
 MANIFEST = "manifest.json"
 # In a staging folder from its first moment: shows that it is ours to go on with, or to remove.
@@ -44,6 +52,10 @@ _MAX_MANIFEST_BYTES = 256 << 20  # checksums of a model of 2^40 parameters
 
 class OutputError(ValueError):
     """An output folder that can't be used: says what is there, what was wanted and what to do."""
+
+
+class Busy(OutputError):
+    """Another run is at work on the output, or has just ended there."""
 
 
 class Staging:
@@ -72,7 +84,7 @@ class Staging:
     def create(self, what: Mapping[str, Any]) -> None:
         """Makes the folder, in place of what an earlier run of ours left unfinished; `what` says what will be in it.
 
-        Raises OutputError if something else is in the way, another run is at work there, or the place can't be written to.
+        Raises OutputError if something else is in the way, or the place can't be written to; Busy if another run is at work there.
         """
         self._hold()
         self._clear()
@@ -153,7 +165,7 @@ class Staging:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.close()
-            raise OutputError(
+            raise Busy(
                 f"another run is at work in {self.folder}: wait until it ends, or choose another OUTPUT_DIR"
             ) from None
         except OSError as error:
@@ -166,7 +178,7 @@ class Staging:
         if self.output.exists() or not _is_at(self._lock, marker):
             # It ended between a look and the lock, and may have given the folder its name.
             self.close()
-            raise OutputError(f"another run has just ended in {self.folder}: run the command again")
+            raise Busy(f"another run has just ended in {self.folder}: run the command again")
 
     def _mark(self, what: Mapping[str, Any]) -> None:
         put_file(self.folder / MARKER, json.dumps(what, indent=1).encode())
@@ -178,16 +190,21 @@ class Staging:
                 path.rmtree() if path.is_dir() else path.unlink()
 
     def _publish(self) -> None:
-        for path in (*self.folder.glob(JOURNALS), self.folder / MARKER):
+        left = temporary_files(self.folder) if is_local(self.folder) else ()
+        for path in (*self.folder.glob(JOURNALS), *left, self.folder / MARKER):
             path.unlink(missing_ok=True)
         if not is_local(self.output):
             return
-        sync(self.folder)
-        if self.output.exists():
-            raise OutputError(
-                f"{self.output} has appeared during the run; the result stays in {self.folder}"
-            )
-        self.folder.rename(self.output)
+        # Another run that found it whole may give it its name at any moment from here on.
+        with contextlib.suppress(FileNotFoundError):
+            sync(self.folder)
+            if self.output.exists() and self.folder.exists():
+                raise OutputError(
+                    f"{self.output} has appeared during the run; the result stays in {self.folder}"
+                )
+            self.folder.rename(self.output)
+        if not self.output.exists():
+            raise OutputError(f"{self.folder} has vanished during the run: run the command again")
         sync(self.output.parent)
         self.close()
 
@@ -321,11 +338,10 @@ def check_free_space(output: epath.Path, nbytes: int) -> None:
             return
         place = place.parent
     left = os.fspath(Staging(output).folder)
-    nbytes -= sum(
-        os.lstat(os.path.join(folder, file)).st_blocks * 512
-        for folder, _, files in os.walk(left)
-        for file in files
-    )
+    for folder, _, files in os.walk(left):
+        for file in files:
+            with contextlib.suppress(FileNotFoundError):  # of a run that is at work there
+                nbytes -= os.lstat(os.path.join(folder, file)).st_blocks * 512
     free = shutil.disk_usage(place).free
     if free < nbytes:
         raise OutputError(

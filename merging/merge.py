@@ -34,6 +34,7 @@ from merging.engine.statistics import Statistics, gather
 from merging.engine.step import Facts, in_worker, merge_step
 from merging.engine.stream import LoadedPiece, Stream
 from merging.engine.survey import MethodSurvey, survey
+from merging.interrupted import ShouldStop, never
 from merging.methods.method import TaskVectorMethod
 from merging.models import model_file
 
@@ -126,15 +127,17 @@ def run(
     config_text: str = "",
     progress: Progress | None = None,
     log: Callable[[str], None] | None = None,
+    should_stop: ShouldStop = never,
 ) -> Report:
     """Does what was planned and closes the plan's readers; arguments and errors as `merge_checkpoints`.
 
-    `config_text` is the configuration as it was resolved, kept in the manifest.
+    `config_text` is the configuration as it was resolved, kept in the manifest. `should_stop` is asked between pieces, by each
+    host at its own pace; where one hears True, all write their journals and raise Interrupted.
     """
     try:
-        return _Run(planned, progress or (lambda *_: None), log or (lambda _: None)).run(
-            config_text
-        )
+        return _Run(
+            planned, progress or (lambda *_: None), log or (lambda _: None), should_stop
+        ).run(config_text)
     finally:
         planned.close()
 
@@ -142,7 +145,13 @@ def run(
 class _Run:
     """One merge under way."""
 
-    def __init__(self, planned: Plan, progress: Progress, log: Callable[[str], None]):
+    def __init__(
+        self,
+        planned: Plan,
+        progress: Progress,
+        log: Callable[[str], None],
+        should_stop: ShouldStop,
+    ):
         self.started = time.perf_counter()
         self.plan = planned
         self.log = log
@@ -155,6 +164,7 @@ class _Run:
             seed=planned.settings.seed,
             limit=planned.limit,
             workers=planned.workers,
+            should_stop=should_stop,
         )
         self.peak = PeakResident()
         self.write_seconds = 0.0  # of all workers together

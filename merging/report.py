@@ -246,6 +246,9 @@ def _making(found: Results, draws: int, seed: int) -> Iterator[Block]:
     yield Text(
         f"Seeds {', '.join(map(str, study.seeds))} pick the experts and draw DARE's masks. The bootstrap has seed {seed} and {draws:,} draws."
     )
+    for told in (summaries.cut_inputs(found), summaries.shares(found)):
+        if told:
+            yield Text(told)
     yield summaries.seconds_table(found)
     yield summaries.making_table(found)
     digests = tables.Table(

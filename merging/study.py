@@ -2,11 +2,12 @@
 
   bases     a pretrained and an instruction-tuned base of every size
   experts   from every base an expert of each held-in category, and a multitask model
-  cells     base, experts, multitask model and all merges scored on all tasks; merges live and die in device memory
+  cells     base, experts, multitask model and all merges scored on all tasks; merges live and die in device memory unless they are to be kept
   report    (merging.report)
 
 Items of a phase depend on none of the same phase and meet in files alone: worker i of n takes every n-th of them, an item that is done
-is left as it is, and what a lost worker left is made by running the phase again. The merge of a cell is `merge_params`, the
+is left as it is, and what a lost worker left is made by running the phase again. What is being trained by another worker is passed over, and
+looked at again at the end. The merge of a cell is `merge_params`, the
 very steps of the merge from disk to disk, which it equals bit for bit.
 """
 
@@ -15,9 +16,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,10 +27,10 @@ import jax.numpy as jnp
 from etils import epath
 
 from merging import finetune, manifest
-from merging.checkpoints.storage import put_file
+from merging.checkpoints.storage import put_whole
 from merging.engine import hosts
 from merging.engine.vectors import task_vectors_of
-from merging.evaluation.collect import Result, put_scores
+from merging.evaluation.collect import Result, cut, put_scores
 from merging.evaluation.evaluator import Evaluator, Options
 from merging.evaluation.examples import Task
 from merging.finetune import Mixture
@@ -44,16 +46,21 @@ from merging.grid.study_file import (
     Places,
     expert,
 )
+from merging.interrupted import Interrupted, ShouldStop, never
 from merging.methods.method import Method
 from merging.models import model_file
 from merging.models.config import DecoderConfig
 from merging.models.families import is_prefix_lm, model_of
 from merging.partitioning import MeshShape, mesh_of
+from merging.study_identity import depends_on
 from merging.study_models import StudyModels
 from merging.training.optimizer import adamw
 from merging.training.settings import Optimizer
 
 PHASES = ("bases", "experts", "cells")
+
+# At an item that another worker is making, which takes minutes to days.
+SECONDS_BETWEEN_LOOKS = 5.0
 
 
 class InputMissing(ValueError):
@@ -110,6 +117,7 @@ class Settings:
       tune: merges are made by chosen settings too: see `grid.tuning`.
       experts_in_memory: base and all experts of a size lie in the devices' memory together; False: merges are streamed from disk; None:
         where they fit.
+      keep_merged: merged checkpoints are written, in the base's format, and stay; each is a whole model.
       models_at_once: that are evaluated by one step, each on one device.
       normalization, row_length, batch_tokens, shapes: see `evaluator.Options`.
     """
@@ -129,6 +137,7 @@ class Settings:
     seed: int = 0
     tune: bool = False
     experts_in_memory: bool | None = None
+    keep_merged: bool = False
     models_at_once: int = 1
     normalization: str = "sum"
     row_length: int = 2_048
@@ -148,12 +157,14 @@ class Data:
       mixture: (how to train, name of a mixture) -> what is trained on.
       tasks: (whether settings are chosen, by examples that judge nobody then) -> what judges, and JSON that says all it depends on.
       tuning_tasks: () -> the same of what settings are chosen by.
+      depends_on: (whether settings are chosen) -> JSON, all that examples depend on and that is known without reading them.
     """
 
     categories: Mapping[str, Category]
     mixture: Callable[[Training, str], Mixture]
     tasks: Callable[[bool], Tasks]
     tuning_tasks: Callable[[], Tasks]
+    depends_on: Callable[[bool], Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -387,18 +398,27 @@ def _models(planned: Plan, experts: Sequence[Item]) -> list[Item]:
             size=size,
             base=base,
             name=model,
-            folders=(planned.places.scores(size, base, model),),
+            folders=(planned.places.scores(size, base, model), *kept),
             needs=tuple(needs[size, base]),
         )
         for size in s.sizes
         for base in s.bases
-        for model in (
-            BASE,
-            *(expert(each, steps) for steps in planned.every_steps for each in planned.held_in),
-            *([MULTITASK] if s.multitask is not None else []),
-            *planned.merges(size, base),
+        for model, kept in (
+            *((model, ()) for model in _trained(planned)),
+            *((model, _kept(planned, size, base, model)) for model in planned.merges(size, base)),
         )
     ]
+
+
+def _trained(planned: Plan) -> list[str]:
+    """The models of a size and base that are not merged."""
+    experts = [expert(c, steps) for steps in planned.every_steps for c in planned.held_in]
+    return [BASE, *experts, *([MULTITASK] if planned.settings.multitask is not None else [])]
+
+
+def _kept(planned: Plan, size: str, base: str, model: str) -> tuple[epath.Path, ...]:
+    """Where a merged model's checkpoint is written."""
+    return (planned.places.merged(size, base, model),) if planned.settings.keep_merged else ()
 
 
 # ---- what is done -------------------------------------------------------------------------------------------------
@@ -409,15 +429,34 @@ Progress = Callable[[str, int, int, str], None]
 
 @dataclasses.dataclass
 class Seconds:
-    """Where the time of a study goes."""
+    """Where the time of a study goes: training steps, merges and forward passes, and what is around them.
 
+    Attributes:
+      steps, train: training steps, and the rest of training: compiling, reading, checkpoints.
+      read: of checkpoints.
+      tasks: examples read and made into tokens.
+      merge: of merges, from disk to disk where they are streamed.
+      vectors: of comparing task vectors.
+      forward: of evaluations, compiling them included.
+      tune, evaluate: the rest of choosing settings and of evaluating.
+      write: of scores.
+    """
+
+    steps: float = 0.0
+    merge: float = 0.0
+    forward: float = 0.0
     train: float = 0.0
     read: float = 0.0
     tasks: float = 0.0
-    merge: float = 0.0
+    vectors: float = 0.0
     tune: float = 0.0
     evaluate: float = 0.0
     write: float = 0.0
+
+    @property
+    def work(self) -> float:
+        """What a study is for."""
+        return self.steps + self.merge + self.forward
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -440,7 +479,13 @@ class Report:
         parts = dataclasses.asdict(self.spent)
         parts["rest"] = self.seconds - sum(parts.values())
         told = ", ".join(f"{name} {value:.1f}" for name, value in parts.items())
-        return f"made       {made} in {self.seconds:.1f} s\nseconds    {told}"
+        lines = [f"made       {made} in {self.seconds:.1f} s", f"seconds    {told}"]
+        if self.seconds:
+            outside = 1 - self.spent.work / self.seconds
+            lines.append(
+                f"shares     {outside:.1%} of the time outside training steps, merges and forward passes"
+            )
+        return "\n".join(lines)
 
 
 def run(
@@ -455,7 +500,7 @@ def run(
     write_metrics: Callable[[str, int, Mapping[str, float]], None] = lambda name, step, values: (
         None
     ),
-    should_stop: Callable[[int], bool] = lambda step: False,
+    should_stop: ShouldStop = never,
 ) -> Report:
     """Makes what is missing of some phases, in their order.
 
@@ -464,9 +509,10 @@ def run(
       worker, num_workers: of each phase the items worker, worker + num_workers, ... are made.
       config_text: goes into manifests.
       progress, log, write_metrics: are told.
-      should_stop: see `finetune.run`.
+      should_stop: asked after each step of training, before each group of models that are scored together, and between batches of
+        examples; the same on all hosts.
 
-    Raises InputMissing where an earlier phase is not done, and what the stages raise.
+    Raises InputMissing where an earlier phase is not done, Interrupted when asked to stop, and what the stages raise.
     """
     if not 0 <= worker < num_workers:
         raise ValueError(
@@ -480,12 +526,13 @@ def run(
     made = dict.fromkeys(phases, 0)
     for phase in phases:
         items = planned.items[phase][worker::num_workers]
-        missing = [item for item in items if not item.is_done]
+        is_done = hosts.of_main([item.is_done for item in items])  # one look for all hosts
+        missing = [item for item, there in zip(items, is_done, strict=True) if not there]
         done = len(items) - len(missing)
         progress(phase, done, len(items), "")
         _check_needs(phase, missing)
-        for item in making.make(phase, missing):
-            made[phase] += 1
+        for item, is_mine in making.make(phase, missing):
+            made[phase] += is_mine
             done += 1
             progress(phase, done, len(items), item.label)
     return Report(made=made, seconds=time.perf_counter() - started, spent=making.spent)
@@ -503,12 +550,23 @@ def _description(planned: Plan) -> dict[str, Any]:
         seeds=s.seeds,
         categories=planned.data.categories,
         cells=planned.cells,
+        depends_on=depends_on(planned),
+    )
+
+
+def check_done(planned: Plan) -> None:
+    """Raises InputMissing, with names, unless all that a whole report is of is there."""
+    _check_there(
+        "report", [f for of in planned.items.values() for item in of for f in item.folders]
     )
 
 
 def _check_needs(phase: str, items: Sequence[Item]) -> None:
-    needed = dict.fromkeys(folder for item in items for folder in item.needs)
-    missing = [str(f) for f in needed if not (f / manifest.MANIFEST).exists()]
+    _check_there(phase, dict.fromkeys(folder for item in items for folder in item.needs))
+
+
+def _check_there(phase: str, folders: Iterable[epath.Path]) -> None:
+    missing = [str(f) for f in folders if not (f / manifest.MANIFEST).exists()]
     if missing:
         shown = "\n  ".join(missing[:10])
         more = f"\n  and {len(missing) - 10} more" if len(missing) > 10 else ""
@@ -526,23 +584,44 @@ class _Making:
         config_text: str,
         log: Callable[[str], None],
         write_metrics: Callable[[str, int, Mapping[str, float]], None],
-        should_stop: Callable[[int], bool],
+        should_stop: ShouldStop,
     ):
         self.plan, self.settings, self.places = planned, planned.settings, planned.places
         self.config_text, self.log = config_text, log
         self.write_metrics, self.should_stop = write_metrics, should_stop
         self.spent = Seconds()
 
-    def make(self, phase: str, items: Sequence[Item]) -> Iterator[Item]:
-        """Makes items, and gives each when it is done."""
+    def make(self, phase: str, items: Sequence[Item]) -> Iterator[tuple[Item, bool]]:
+        """Makes items, and gives each when it is done, with whether it was made here."""
         if phase == "cells":
             groups = dict.fromkeys((item.size, item.base) for item in items)
             for group in groups:
-                yield from self._score([i for i in items if (i.size, i.base) == group])
+                mine = [item for item in items if (item.size, item.base) == group]
+                yield from ((item, True) for item in self._score(mine))
             return
+        make = self._train_bases if phase == "bases" else self._train_experts
+        others: list[Item] = []
         for item in items:
-            (self._train_bases if phase == "bases" else self._train_experts)(item)
-            yield item
+            try:
+                make(item)
+            except manifest.Busy:
+                self.log(f"{item.label} is being made by another worker: passed over until the end")
+                others.append(item)
+            else:
+                yield item, True
+        for item in others:
+            yield item, self._made_after_all(item, make)
+
+    def _made_after_all(self, item: Item, make: Callable[[Item], None]) -> bool:
+        """Waits until another worker has made an item, or makes it where that one has stopped; whether it was made here."""
+        self.log(f"waiting for {item.label}, which another worker is making")
+        while not hosts.of_main(item.is_done):
+            with contextlib.suppress(manifest.Busy):
+                make(item)
+                return True
+            self._stop_if_asked()
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        return False
 
     @contextlib.contextmanager
     def _counted(self, part: str) -> Iterator[None]:
@@ -553,6 +632,19 @@ class _Making:
         finally:
             now = getattr(self.spent, part) + time.perf_counter() - started
             setattr(self.spent, part, now)
+
+    def _move(self, part: str, to: str, seconds: float) -> None:
+        """Counts seconds of a part as another's."""
+        for name, more in ((part, -seconds), (to, seconds)):
+            setattr(self.spent, name, getattr(self.spent, name) + more)
+
+    @contextlib.contextmanager
+    def _counted_forward(self, part: str, evaluator: Evaluator) -> Iterator[None]:
+        """As `_counted`, with the forward passes apart."""
+        before = evaluator.forward_seconds
+        with self._counted(part):
+            yield
+        self._move(part, "forward", evaluator.forward_seconds - before)
 
     # ---- training --------------------------------------------------------------------------------------------------
 
@@ -610,13 +702,14 @@ class _Making:
                 mesh=self.settings.mesh,
                 seed=self.settings.seed,
             )
-            finetune.run(
+            report = finetune.run(
                 finetune.plan(settings, made, is_one=not categories),
                 config_text=self.config_text,
                 log=self.log,
                 write_metrics=self.write_metrics,
-                should_stop=self.should_stop,
+                should_stop=lambda step: self.should_stop(),
             )
+        self._move("train", "steps", report.spent.steps)
 
     # ---- scores ----------------------------------------------------------------------------------------------------
 
@@ -664,8 +757,8 @@ class _Making:
     ) -> float:
         """What a chosen setting makes high."""
         evaluator = self._evaluator(config, is_tuning=True)
-        with self._counted("tune"):
-            results = evaluator(params, TUNED)
+        with self._counted_forward("tune", evaluator):
+            results = evaluator(params, TUNED, progress=self._between_batches(evaluator, 1))
         return tuning.held_in_score(results, [self.plan.data.categories[c] for c in categories])
 
     def _judged_by(self, tasks: Mapping[str, Any]) -> dict[str, Any]:
@@ -684,12 +777,19 @@ class _Making:
                 f"{size}/{base}: task vectors that don't lie in memory together are not compared"
             )
         elif not self.places.vectors(size, base).exists():
-            with self._counted("merge"):
+            with self._counted("vectors"):
                 self._write_vectors(models)
+        # Checkpoints may be asked for behind the scores.
+        is_scored = hosts.of_main([(i.folders[0] / manifest.MANIFEST).exists() for i in items])
+        for item in itertools.compress(items, is_scored):
+            models.params(item.name)
+            yield item
+        items = [item for item, there in zip(items, is_scored, strict=True) if not there]
         at_once = self.settings.models_at_once
         for start in range(0, len(items), at_once):
+            self._stop_if_asked()
             group = items[start : start + at_once]
-            params, identities, merged_in = [], [], []
+            params, identities, got_in = [], [], []
             for item in group:
                 # First, since a setting may have to be chosen, which is not the merge's time.
                 of_params = models.identity(item.name)
@@ -701,26 +801,45 @@ class _Making:
                         **of_params,
                     }
                 )
-                begun = time.perf_counter()
+                begun, merged = time.perf_counter(), self.spent.merge
                 params.append(models.params(item.name))
-                merged_in.append(time.perf_counter() - begun)
+                merged = self.spent.merge - merged
+                got_in.append(
+                    {
+                        "load_seconds": round(time.perf_counter() - begun - merged, 4),
+                        "merge_seconds": round(merged, 4),
+                    }
+                )
             ids = [item.label for item in group]
-            begun = time.perf_counter()
-            with self._counted("evaluate"):
-                results = _evaluated(evaluator, params, ids, at_once)
+            begun, forward = time.perf_counter(), evaluator.forward_seconds
+            with self._counted_forward("evaluate", evaluator):
+                progress = self._between_batches(evaluator, at_once)
+                results = _evaluated(evaluator, params, ids, at_once, progress)
             evaluated_in = (time.perf_counter() - begun) / len(group)
+            forward = (evaluator.forward_seconds - forward) / len(group)
             with self._counted("write"):
                 for item, identity, seconds, of_model in zip(
-                    group, identities, merged_in, results, strict=True
+                    group, identities, got_in, results, strict=True
                 ):
                     record = {
                         **manifest.provenance(identity),
-                        "load_or_merge_seconds": round(seconds, 4),
+                        **seconds,
                         "evaluate_seconds": round(evaluated_in, 4),
+                        "forward_seconds": round(forward, 4),
+                        "cut": cut(of_model),
                         "config": self.config_text,
                     }
                     self._write_scores(item.folders[0], of_model, record)
             yield from group
+
+    def _stop_if_asked(self) -> None:
+        if self.should_stop():
+            raise Interrupted("asked to stop: what is done is on disk")
+
+    def _between_batches(self, evaluator: Evaluator, models: int) -> Callable[[int], None]:
+        """What an evaluator tells of examples; when all are done, the scores are written first."""
+        total = models * sum(len(task.examples) for task in evaluator.tasks)
+        return lambda examples: self._stop_if_asked() if examples < total else None
 
     def _write_scores(
         self, folder: epath.Path, results: Sequence[Result], record: Mapping[str, Any]
@@ -741,16 +860,21 @@ class _Making:
                 "experts": list(models.experts()),
                 **{k: v.tolist() for k, v in dataclasses.asdict(found).items()},
             }
-            put_file(path, (json.dumps(content, indent=1) + "\n").encode())
+            put_whole(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def _evaluated(
-    evaluator: Evaluator, params: Sequence[Any], ids: Sequence[str], at_once: int
+    evaluator: Evaluator,
+    params: Sequence[Any],
+    ids: Sequence[str],
+    at_once: int,
+    progress: Callable[[int], None],
 ) -> list[list[Result]]:
     """The results of each model. Of several by one step, a last group is filled up with copies: nothing is compiled for it."""
     if at_once == 1:
-        return [evaluator(params[0], ids[0])]
+        return [evaluator(params[0], ids[0], progress=progress)]
     missing = at_once - len(ids)
     filled = [*params, *params[-1:] * missing]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *filled)
-    return evaluator.many(stacked, [*ids, *ids[-1:] * missing])[: len(ids)]
+    filled_ids = [*ids, *ids[-1:] * missing]
+    return evaluator.many(stacked, filled_ids, progress=progress)[: len(ids)]

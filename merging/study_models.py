@@ -1,7 +1,8 @@
 """The models of one size and base: base and experts, and what is merged of them.
 
 Where base and experts fit into memory together they are read once, and every merge is made there by `merge_params`. Where they don't,
-every merge is streamed from disk to disk by `merge_checkpoints`, read, and its folder removed: the same numbers, bit for bit.
+every merge is streamed from disk to disk by `merge_checkpoints`, read, and its folder removed: the same numbers, bit for bit. So are merges
+that are to be kept, whose folders stay.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 from etils import epath
 
+from merging import manifest
 from merging.checkpoints import open_checkpoint
 from merging.engine import hosts
 from merging.engine.resident import merge_params
@@ -33,6 +36,9 @@ if TYPE_CHECKING:
 
 # The share of the memory that base, experts and merges may fill; the rest is for evaluating.
 SHARE_OF_MEMORY = 0.6
+
+# At a merge that another worker is writing.
+SECONDS_BETWEEN_LOOKS = 1.0
 
 
 class StudyModels:
@@ -67,7 +73,7 @@ class StudyModels:
         self.plan, self.size, self.base_name = planned, size, base
         self.folder = planned.base_folder(size, base)
         self.config = model_file.describe(self.folder).config
-        self._mesh, self._counted = mesh, counted
+        self._mesh, self._counted, self._log = mesh, counted, log
         self._judge = functools.partial(judge, self.config)
         self._judge_identity = judge_identity
         self._merges = planned.merges(size, base)
@@ -105,7 +111,14 @@ class StudyModels:
             return self._read(self.plan.places.multitask(self.size, self.base_name))
         if model in self._merges:
             cell = self._merges[model]
-            return self.merged(self.method(cell), cell.categories, seed=cell.seed, steps=cell.steps)
+            keep = self.plan.settings.keep_merged
+            return self.merged(
+                self.method(cell),
+                cell.categories,
+                seed=cell.seed,
+                steps=cell.steps,
+                output=self.plan.places.merged(self.size, self.base_name, model) if keep else None,
+            )
         category, steps = self._trained[model]
         if self.streams:
             return self._read(self._expert(category, steps))
@@ -126,22 +139,28 @@ class StudyModels:
         return self._tuned(cell.method, cell.num_experts) if cell.setting == TUNED else fixed
 
     def merged(
-        self, method: Method, categories: Sequence[str], *, seed: int, steps: int | None = None
+        self,
+        method: Method,
+        categories: Sequence[str],
+        *,
+        seed: int,
+        steps: int | None = None,
+        output: epath.Path | None = None,
     ) -> Any:
-        """The merge of some categories' experts."""
-        if self.streams:
-            with self._counted("merge"):
-                folders = [self._expert(category, steps) for category in categories]
-                return self._streamed(method, folders, seed=seed)
+        """The merge of some categories' experts; `output`: where it is to be kept."""
+        if self.streams or output is not None:
+            folders = [self._expert(category, steps) for category in categories]
+            return self._streamed(method, folders, seed=seed, output=output)
         experts = self.experts(steps)
         with self._counted("merge"):
-            return merge_params(
+            merged = merge_params(
                 self.base,
                 [experts[category] for category in categories],
                 method,
                 seed=seed,
                 stacked=model_file.stacked_of(self.config),
             )
+            return jax.block_until_ready(merged)
 
     @functools.cache  # noqa: B019
     def _tuned(self, name: str, num_experts: int) -> Method:
@@ -180,20 +199,34 @@ class StudyModels:
         with self._counted("read"):
             return read_params(folder, self.config, self._mesh)
 
-    def _streamed(self, method: Method, experts: Sequence[epath.Path], *, seed: int) -> Any:
-        # Two workers may make the same merge at the same time, and one that was killed leaves its folder.
-        output = self.plan.places.root / "streamed" / hosts.of_main(uuid.uuid4().hex)
-        merge_checkpoints(
-            base=self.folder,
-            experts=list(experts),
-            output_dir=output,
-            method=method,
-            seed=seed,
-        )
-        params = read_params(output, self.config, self._mesh)
+    def _streamed(
+        self,
+        method: Method,
+        experts: Sequence[epath.Path],
+        *,
+        seed: int,
+        output: epath.Path | None,
+    ) -> Any:
+        is_passing = output is None
+        if is_passing:
+            # Two workers may make the same merge at the same time, and one that was killed leaves its folder.
+            output = self.plan.places.root / "streamed" / hosts.of_main(uuid.uuid4().hex)
+        while True:
+            with contextlib.suppress(manifest.Busy), self._counted("merge"):
+                merge_checkpoints(
+                    base=self.folder,
+                    experts=list(experts),
+                    output_dir=output,
+                    method=method,
+                    seed=seed,
+                )
+                break
+            self._log(f"waiting for {output}, which another worker is writing")
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        params = self._read(output)
         jax.block_until_ready(params)
         hosts.wait_for_all("a streamed merge is read")
-        if hosts.is_main():
+        if is_passing and hosts.is_main():
             output.rmtree()
         return params
 

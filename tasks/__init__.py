@@ -22,6 +22,7 @@ def register(
     instruction_tasks: Sequence[str] = (),
     rate_cap: int = RATE_CAP,
     prompts: str = "own",
+    tasks_module: str | Sequence[str] = (),
 ) -> None:
     """Registers all tasks and mixtures with seqio. Twice with the same arguments is once; others replace them.
 
@@ -33,9 +34,12 @@ def register(
       rate_cap: the most examples of one dataset that a mixture takes (T0: 500,000).
       prompts: "own", ours; or "p3", P3's by the package promptsource, for the datasets of P3 (the others then have no
         tasks).
+      tasks_module: a module, or several, that registers tasks or mixtures of the user's with seqio when it is imported, which is
+        behind ours, so that its mixtures may hold them.
 
     Raises:
-      ValueError: for a vocabulary that can't be loaded, or instruction tasks that hold a held-out dataset.
+      ValueError: for a vocabulary that can't be loaded, instruction tasks that hold a held-out dataset, or a module that can't be
+        imported or registers nothing.
     """
     from tasks import registry
 
@@ -45,4 +49,5 @@ def register(
         instruction_tasks=instruction_tasks,
         rate_cap=rate_cap,
         prompts=prompts,
+        tasks_module=tasks_module,
     )

@@ -27,8 +27,7 @@ from typing import Any
 
 import numpy as np
 
-import tasks
-from tasks import mixing, packing, registry, vocabularies
+from tasks import identity, mixing, packing, vocabularies
 from tasks.packing import Batch, Lengths, Tokens
 from tasks.stream import NoExamples, Stream
 
@@ -198,15 +197,15 @@ def pack_mixture(
     stream = Stream(
         mixture, split=split, lengths=lengths, seed=seed, truncation=truncation, rate_cap=rate_cap
     )
-    identity = _identity(stream, max_rows)
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    depends_on = _identity(stream, max_rows)
+    digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
     folder = pathlib.Path(cache_dir) / f"{mixture}-{split}-{digest[:16]}"
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     making = pathlib.Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
-        _write(stream, making, max_rows, identity)
+        _write(stream, making, max_rows, depends_on)
         _put(making, folder)
     finally:
         shutil.rmtree(making, ignore_errors=True)
@@ -214,7 +213,7 @@ def pack_mixture(
 
 
 def _write(
-    stream: Stream, folder: pathlib.Path, max_rows: int | None, identity: Mapping[str, Any]
+    stream: Stream, folder: pathlib.Path, max_rows: int | None, depends_on: Mapping[str, Any]
 ) -> None:
     started = time.monotonic()
     features = stream.tasks[0].output_features
@@ -257,7 +256,7 @@ def _write(
         "dtypes": dtypes,
         "start_id": vocabularies.start_id(features["inputs"].vocabulary),
         "seconds": round(time.monotonic() - started, 2),
-        "identity": identity,
+        "identity": depends_on,
     }
     (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
 
@@ -279,8 +278,6 @@ def _put(making: pathlib.Path, folder: pathlib.Path) -> None:
 
 
 def _identity(stream: Stream, max_rows: int | None) -> dict[str, Any]:
-    infos = registry.task_infos()
-    features = stream.tasks[0].output_features
     return {
         "mixture": stream.mixture,
         "split": stream.split,
@@ -288,32 +285,6 @@ def _identity(stream: Stream, max_rows: int | None) -> dict[str, Any]:
         "lengths": dataclasses.asdict(stream.lengths),
         "truncation": stream.truncation,
         "max_rows": max_rows,
-        "vocabulary": {
-            name: vocabularies.digest(feature.vocabulary) for name, feature in features.items()
-        },
-        "tasks": {
-            task.name: [
-                str(infos[task.name].source) if task.name in infos else str(task.source),
-                int(count),
-            ]
-            for task, count in zip(stream.tasks, stream.counts, strict=True)
-        },
-        "data": {task.name: _files(task) for task in stream.tasks},
-        "code": _code(),
+        "counts": [int(count) for count in stream.counts],
+        **identity.of_tasks(task.name for task in stream.tasks),
     }
-
-
-def _files(task: Any) -> list[list[Any]]:
-    """Name, size and time of the files that a task reads, where they are known."""
-    stats = [(file, file.stat()) for file in getattr(task.source, "files", [])]
-    return [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
-
-
-@functools.cache
-def _code() -> str:
-    """Of this package: a prompt that was changed packs anew."""
-    package = pathlib.Path(tasks.__file__).parent
-    digest = hashlib.sha256()
-    for file in sorted(package.rglob("*.py")):
-        digest.update(f"{file.relative_to(package)}\n".encode() + file.read_bytes())
-    return digest.hexdigest()

@@ -179,7 +179,7 @@ class Dataset:
         """One row in the words of one prompt; None where the prompt passes over it.
 
         Raises:
-          ValueError: for a row without a field it must have, or with a label outside its choices.
+          ValueError: for a row without a field it must have, with a label outside its choices, or with values of other types.
         """
         for field in self.fields:
             if field not in row:
@@ -189,10 +189,15 @@ class Dataset:
                 )
         try:
             return self.prompts[prompt](_Fields(self.view(row)))
-        except ValueError as error:
+        except _MALFORMED as error:
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             raise ValueError(
-                f"prompt {prompt!r} of {self.name}: {error}; the row is {dict(row)}"
+                f"prompt {prompt!r} of {self.name}: {kind}{error}; the row is {dict(row)}"
             ) from error
+
+
+# What views and templates raise of values that are not as the fields promise.
+_MALFORMED = (ValueError, TypeError, LookupError, AttributeError)
 
 
 def listed(choices: Iterable[str]) -> str:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import seqio
+import tensorflow as tf
 
-from tasks import registry, vocabularies
+from tasks import preprocessors, registry, vocabularies
 from tasks.metrics import METRICS, Metric
 from tasks.packing import Lengths, truncate
 
@@ -30,7 +32,7 @@ class EvaluationExample:
       targets: [t] int32, the answer that training teaches, with the end of sequence.
       label: the index of the right choice; None where generated.
       references: all right answers.
-      inputs_text, choices_text, targets_text: the same in words.
+      inputs_text, choices_text, targets_text: the same in words; the targets' is that of the tokens that were kept.
     """
 
     id: str
@@ -115,7 +117,7 @@ def evaluation_set(
         inputs are cut at their start, which loses the first of these first.
 
     Raises:
-      ValueError: for an unknown task, a split that it lacks, or no example.
+      ValueError: for an unknown task, a split that it lacks, a malformed row (with file and line), or no example.
     """
     (name,) = registry.task_names(task)
     info = registry.task_infos()[name]
@@ -130,7 +132,7 @@ def evaluation_set(
     cut = collections.Counter()
     examples = []
     dataset = dataset.skip(skip).take(-1 if limit is None else limit)
-    for features in dataset.as_numpy_iterator():
+    for features in _read(dataset):
         choices_text = _texts(features["choices"])
         ends = [target.vocabulary.eos_id] if target.add_eos else []
         choices = [
@@ -147,17 +149,23 @@ def evaluation_set(
         ]
         cut.update({part for each in parts for part in each.cut})
         label = int(features["label"]) if choices else None
+        answer = parts[label or 0]
+        targets_text = features["targets_pretokenized"].decode("utf-8")
+        if "targets" in answer.cut:
+            targets_text = target.vocabulary.decode(
+                answer.targets[: len(answer.targets) - len(ends)].tolist()
+            )
         examples.append(
             EvaluationExample(
                 id=id_,
                 inputs=parts[0].inputs,
                 choices=tuple(part.targets for part in parts) if choices else (),
-                targets=parts[label or 0].targets,
+                targets=answer.targets,
                 label=label,
                 references=_texts(features["references"]),
                 inputs_text=inputs_text,
                 choices_text=choices_text,
-                targets_text=features["targets_pretokenized"].decode("utf-8"),
+                targets_text=targets_text,
             )
         )
     if not examples:
@@ -192,7 +200,7 @@ class _Shots:
                 each[name].decode("utf-8")
                 for name in ("inputs_pretokenized", "targets_pretokenized")
             )
-            for each in dataset.take(SHOT_POOL).as_numpy_iterator()
+            for each in _read(dataset.take(SHOT_POOL))
         ]
         if len(self.texts) < count:
             raise ValueError(
@@ -208,6 +216,11 @@ class _Shots:
         drawn = rng.choice(len(self.texts), self.count, replace=False)
         text = "\n\n".join([*(self.texts[i] for i in drawn), inputs_text])
         return text, np.array(self.vocabulary.encode(text), np.int32)
+
+
+def _read(dataset: tf.data.Dataset) -> Iterator[dict[str, Any]]:
+    with preprocessors.told():
+        yield from dataset.as_numpy_iterator()
 
 
 def _texts(strings: Sequence[bytes]) -> tuple[str, ...]:

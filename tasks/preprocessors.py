@@ -8,8 +8,10 @@ choice as targets, and with `idx` [2] int32 (number of the example, number of th
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ import seqio
 import tensorflow as tf
 
 from tasks.dataset import Dataset
-from tasks.row_source import ROW_NUMBER
+from tasks.row_source import ROW_NUMBER, ROW_PLACE
 
 Transform = Callable[[tf.data.Dataset], tf.data.Dataset]
 Features = dict[str, Any]
@@ -110,7 +112,12 @@ def _elements(
     is_rank_form: bool,
 ) -> list[Features]:
     """The elements that come of one row: one, or one for each choice; none where the prompt passes over it."""
-    example = dataset.render(prompt, row)
+    row_number = row.pop(ROW_NUMBER, number)
+    place = row.pop(ROW_PLACE, f"row {row_number}")
+    try:
+        example = dataset.render(prompt, row)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
     if example is None:
         return []
     shared = {
@@ -119,7 +126,7 @@ def _elements(
         "choices": example.choices,
         "references": example.references,
         "label": -1 if example.label is None else example.label,
-        "id": str(row.get("id") or row.get(ROW_NUMBER, number)),
+        "id": str(row.get("id") or row_number),
     }
     texts = example.choices if is_rank_form else (example.targets,)
     return [
@@ -132,6 +139,20 @@ def _elements(
         }
         for choice, text in enumerate(texts)
     ]
+
+
+@contextlib.contextmanager
+def told() -> Iterator[None]:
+    """Around whatever iterates a dataset: a ValueError of what renders rows comes out of TensorFlow as one again."""
+    try:
+        yield
+    except tf.errors.OpError as error:
+        found = re.search(
+            r"ValueError: (.*?)\nTraceback \(most recent call last\)", str(error), re.DOTALL
+        )
+        if found is None:
+            raise
+        raise ValueError(found[1]) from error
 
 
 def _array(values: Iterable[Any], kind: tf.DType) -> np.ndarray:

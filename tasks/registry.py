@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import pathlib
+import sys
 from collections.abc import Sequence
 
 import seqio
@@ -58,18 +60,21 @@ def register(
     instruction_tasks: Sequence[str] = (),
     rate_cap: int = mixing.RATE_CAP,
     prompts: str = OWN,
+    tasks_module: str | Sequence[str] = (),
 ) -> None:
     """See `tasks.register`."""
     if prompts not in (OWN, P3):
         raise ValueError(f"prompts are {OWN!r} or {P3!r}; found {prompts!r}")
     if isinstance(vocabulary, str):
         vocabulary = vocabularies.load(vocabulary)
+    modules = (tasks_module,) if isinstance(tasks_module, str) else tuple(tasks_module)
     asked = (
         vocabulary,
         local_data and str(local_data),
         tuple(instruction_tasks),
         rate_cap,
         prompts,
+        modules,
     )
     if asked in _registered_with:
         return
@@ -94,6 +99,8 @@ def register(
                 for prompt in each.prompts
             ]
             _add_mixture(name, tasks, rate_cap)
+    for module in modules:
+        _import(module)
     if instruction_tasks:
         _add_instructions(instruction_tasks, rate_cap)
     _registered_with.append(asked)
@@ -131,7 +138,7 @@ def _unknown(name: str) -> str:
         return f"{message} none is registered: call tasks.register() first"
     if name.endswith("_local") and not any(each.endswith("_local") for each in known):
         return f"{message} those that end with _local need the folder of their files (local_data)"
-    return f"{message} mixtures: {', '.join(_MIXTURES)}"
+    return f"{message} mixtures: {', '.join(_MIXTURES)}; tasks of your own are known once TASKS_MODULE names their module"
 
 
 def _add_tasks(
@@ -189,6 +196,27 @@ def _add_mixture(name: str, members: Sequence[str], rate_cap: int) -> None:
         each + RANK if each + RANK in seqio.TaskRegistry.names() else each for each in members
     ]
     seqio.MixtureRegistry.add(name + RANK, [(member, 1.0) for member in ranked])
+
+
+def _import(module: str) -> None:
+    """A module of the user's, for what it registers with seqio."""
+    is_new, before = module not in sys.modules, _names()
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"TASKS_MODULE: {module!r} can't be imported ({error}): give a module by its dotted name, in the folder that this was"
+            " started from, in one of PYTHONPATH, or installed; on a pod, in the image"
+        ) from error
+    if is_new and _names() == before:
+        raise ValueError(
+            f"TASKS_MODULE: {module!r} registers no task and no mixture when it is imported: it has to call seqio.TaskRegistry.add"
+            " or seqio.MixtureRegistry.add at its top level"
+        )
+
+
+def _names() -> set[str]:
+    return {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
 
 
 def _add_instructions(names: Sequence[str], rate_cap: int) -> None:

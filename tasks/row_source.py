@@ -106,12 +106,16 @@ class RowSource(seqio.DataSource):
         if shard_info is not None:
             order = order[shard_info.index :: shard_info.num_shards]
 
+        def told(index: int) -> bytes:
+            where = {
+                ROW_NUMBER: index,
+                ROW_PLACE: sources.place(self._source, rows, index),
+            }
+            return json.dumps({**rows[index], **where}, default=str).encode()
+
         def blocks() -> Iterator[dict[str, np.ndarray]]:
             for first in range(0, len(order), BLOCK):
-                texts = [
-                    json.dumps({**rows[int(index)], ROW_NUMBER: int(index)}, default=str).encode()
-                    for index in order[first : first + BLOCK]
-                ]
+                texts = [told(int(index)) for index in order[first : first + BLOCK]]
                 yield {"row": np.array(texts, object)}
 
         dataset = tf.data.Dataset.from_generator(
@@ -120,7 +124,8 @@ class RowSource(seqio.DataSource):
         return dataset.apply(tf.data.experimental.assert_cardinality(len(order)))
 
 
-ROW_NUMBER = "row_number"  # the column that every row gets: its place in the split
+# The columns that every row gets: its number in the split, and where it stands, for messages.
+ROW_NUMBER, ROW_PLACE = "row_number", "row_place"
 
 # Rows that TensorFlow takes from Python in one call.
 BLOCK = 64

@@ -128,6 +128,14 @@ def rows(source: Source, split: str, *, folder: str | pathlib.Path | None = None
     raise TypeError(f"{source} is read in order only: use row_source.data_source")
 
 
+def place(source: Source, found: Sequence[Row], number: int) -> str:
+    """Where one of the `rows` of a source stands: file and line of JSON lines, its number in others."""
+    if isinstance(found, _Lines):
+        file, line = found.places[number]
+        return f"{file}, line {line}"
+    return f"{source}, row {number}"
+
+
 def files(source: Source, *, folder: str | pathlib.Path | None = None) -> list[pathlib.Path]:
     """The files of JSON lines, of all splits; none for other sources."""
     if not isinstance(source, JsonLines):
@@ -158,15 +166,26 @@ def _parquet(source: HuggingFace, split: str) -> Sequence[Row]:
 
 def _json_lines(source: JsonLines, split: str, folder: pathlib.Path) -> Sequence[Row]:
     pattern = source.files if isinstance(source.files, str) else source.files[split]
-    found = []
-    for row in (row for file in _found(folder, pattern) for row in _objects(file, source.columns)):
-        if isinstance(source.files, str) and row.get("split") != split:
-            continue
-        found.append(row)
+    found = _Lines()
+    for file in _found(folder, pattern):
+        for number, row in _objects(file, source.columns):
+            if isinstance(source.files, str) and row.get("split") != split:
+                continue
+            found.append(row)
+            found.places.append((file, number))
     return found
 
 
-def _objects(file: pathlib.Path, columns: str | None) -> Iterator[dict[str, Any]]:
+class _Lines(list):
+    """Rows, and of each the file and the number of its line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: list[tuple[pathlib.Path, int]] = []
+
+
+def _objects(file: pathlib.Path, columns: str | None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a file with the numbers of their lines, from 1."""
     is_gzipped = file.suffix == ".gz"
     number = 0
     with gzip.open(file, "rb") if is_gzipped else file.open("rb") as lines:
@@ -181,7 +200,7 @@ def _objects(file: pathlib.Path, columns: str | None) -> Iterator[dict[str, Any]
                         if columns not in row:
                             raise ValueError(f"there is no {columns!r} in it")
                         row |= row.pop(columns)
-                    yield row
+                    yield number, row
         except (ValueError, EOFError, gzip.BadGzipFile) as error:
             where = f"{file}, line {max(number, 1)}"
             raise ValueError(f"{where} can't be read as a row: {error}") from error

@@ -16,7 +16,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from tasks import catalog, instructions, mixing, registry, row_source
+from tasks import catalog, instructions, mixing, preprocessors, registry, row_source
 from tasks.packing import Lengths, Tokens, truncate
 
 # Examples that TensorFlow hands over in one call, which costs as much as some ten of them.
@@ -103,16 +103,17 @@ class Stream:
     def _read(
         self, task: seqio.Task, epoch: int, skipped: int
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Inputs and targets of a task's examples, in the order of the epoch."""
+        """Inputs and targets of a task's examples, in the order of the epoch. Raises ValueError for a malformed row."""
         key = hashlib.sha256(f"{self.seed} {epoch} {task.name}".encode()).digest()
         # tf.data wants a positive int32
         dataset = _shuffled(task, self.split, int.from_bytes(key[:4], "little") >> 1)
         dataset = dataset.skip(skipped).map(lambda element: (element["inputs"], element["targets"]))
-        for many in dataset.ragged_batch(BATCH):
-            columns = [
-                np.split(part.values.numpy(), part.row_splits.numpy()[1:-1]) for part in many
-            ]
-            yield from zip(*columns, strict=True)
+        with preprocessors.told():
+            for many in dataset.ragged_batch(BATCH):
+                columns = [
+                    np.split(part.values.numpy(), part.row_splits.numpy()[1:-1]) for part in many
+                ]
+                yield from zip(*columns, strict=True)
 
 
 @functools.lru_cache(maxsize=256)

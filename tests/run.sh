@@ -4,7 +4,8 @@
 #   ./tests/run.sh [--lint] [--slow] [pytest's arguments]
 #
 #   --lint  first ruff check and ruff format --check
-#   --slow  all tests: those marked slow too, and those that compare with other programs (installs `peers` and `tpu`)
+#   --slow  all tests: those marked slow too, and those that compare with other programs (installs `peers` and `tpu`); T5X is not
+#           installed, so those marked t5x skip, saying so, where it isn't there already
 #
 # MERGING_TEST_WORKERS      processes that share the tests, file by file; default 2; 0 runs them in this one (for --pdb)
 # MERGING_VENV              where the environment lies; default .venv

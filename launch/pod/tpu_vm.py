@@ -61,7 +61,7 @@ def main(verb: str, pod: settings.Pod, command: Sequence[str]) -> None:
         if failed:
             raise ProgramFailed(told(failed))
     elif verb == "logs":
-        programs.run(ssh(pod, LOGS, worker=flags.FLAGS.worker, node=flags.FLAGS.node))
+        programs.run(ssh(pod, logs_script(pod), worker=flags.FLAGS.worker, node=flags.FLAGS.node))
     elif verb == "status":
         programs.run(describe(pod), attempts=ATTEMPTS)
         programs.run(ssh(pod, STATUS), attempts=ATTEMPTS)
@@ -104,7 +104,7 @@ def run(pod: settings.Pod, command: Sequence[str], programs: Programs) -> None:
     for left in range(pod.max_restarts, -1, -1):
         programs.run(ssh(pod, start_script(pod, command)), attempts=ATTEMPTS)
         try:
-            programs.run(ssh(pod, LOGS, worker="0", node="0"), attempts=ATTEMPTS)
+            programs.run(ssh(pod, logs_script(pod), worker="0", node="0"), attempts=ATTEMPTS)
         except ProgramFailed as error:
             print(f"The log can't be shown, but the run goes on: {error}", flush=True)
         failed = failures(pod, programs)
@@ -203,7 +203,18 @@ def start_script(pod: settings.Pod, command: Sequence[str]) -> str:
     return f"{removed}; {shlex.join([*docker, pod.image, *command])}"
 
 
-LOGS = f"sudo docker logs --follow {CONTAINER} 2>&1"
+def logs_script(pod: settings.Pod) -> str:
+    """Follows the log, its lines led by the host's name, and by the slice's number where there are several."""
+    led = "$(hostname)"
+    if pod.mesh.slices > 1:
+        asked = "curl --silent --header Metadata-Flavor:Google " + TPU_ENVIRONMENT
+        led = f"slice $({asked} | sed -n \"s/^MEGASCALE_SLICE_ID: *'\\(.*\\)'/\\1/p\") {led}"
+    # Without pipefail a log that is not there would be none that is empty.
+    return f'set -o pipefail; led="[{led}]"; sudo docker logs --follow {CONTAINER} 2>&1 | sed --unbuffered "s/^/$led /"'
+
+
+# Where jax too reads which slice a machine is on.
+TPU_ENVIRONMENT = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/tpu-env"
 STATUS = f"sudo docker ps --all --filter=name={CONTAINER} --format='{{{{.Status}}}}'"
 STOP = f"sudo docker stop --time={GRACE_S} {CONTAINER}"
 WAIT = f"echo exit $(hostname) $(sudo docker wait {CONTAINER})"

@@ -10,6 +10,7 @@ from etils import epath
 
 from merging.checkpoints import orbax, safetensors, t5x
 from merging.checkpoints.format import UNFINISHED_FILE, CheckpointError, LeafSpec, Reader, Writer
+from merging.checkpoints.huggingface import carried_files
 from merging.checkpoints.tree_writer import Tree
 from merging.checkpoints.trees import TreeReader
 
@@ -139,7 +140,7 @@ def open_writer(
       name: of the format.
       folder, specs: where, and all leaves in storage order.
       like: the checkpoint whose tree, beside the parameters, the output takes over, where the format has one.
-      carry_from: a Hugging Face folder whose config and tokenizer go along with safetensors.
+      carry_from: a folder whose files of Hugging Face's, config and tokenizer, go along where it has them.
       shard_bytes: of data per file of safetensors, at most.
       dtype: what config.json shall say of the weights' type; None leaves it.
       optimizer_state: "drop", or "base": with what `like` holds beside the parameters.
@@ -157,7 +158,8 @@ def open_writer(
         optimizer_state=optimizer_state,
     )
     if name != "safetensors":
-        return FORMATS[name](
+        carried = carried_files(carry_from, dtype) if process_index == 0 else {}
+        writer = FORMATS[name](
             folder,
             specs,
             like=like if isinstance(like, TreeReader) else None,
@@ -166,6 +168,8 @@ def open_writer(
             process_count=process_count,
             is_resumed=is_resumed,
         )
+        writer.carry(carried)
+        return writer
     # Shards are what processes share out among themselves, so there must be enough of them.
     total = sum(spec.nbytes for spec in specs.values())
     shard_bytes = min(shard_bytes, max(1, -(-total // process_count)))

@@ -2,7 +2,7 @@
 
 What it promises: an index can only name files beside it (no path, no link out of the folder), and
 a file that it names but that is missing is an error with a leaf it should hold; what makes weights
-loadable goes along to a merged folder. What it leaves out: the arrays (`safetensors.py`), pickles
+loadable goes along to a merged folder, whatever its format. What it leaves out: the arrays (`safetensors.py`), pickles
 (never opened), remote code, and licences and model cards, which speak of another model.
 """
 
@@ -18,7 +18,7 @@ from etils import epath
 
 from merging.checkpoints.format import CheckpointError, LeafSpec
 from merging.checkpoints.safetensors_header import load_json, refuse, show
-from merging.checkpoints.storage import is_own_file, leads_out, small_file
+from merging.checkpoints.storage import is_own_file, leads_out, put_file, small_file
 
 MODEL_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -129,6 +129,12 @@ def carried_files(
                 f"{folder / 'config.json'} spells what is not Unicode text: {error}"
             ) from None
     return carried
+
+
+def put_carried(folder: epath.Path, carried: Mapping[str, epath.Path | bytes]) -> None:
+    """Puts what `carried_files` found into another folder, each file whole."""
+    for name, content in carried.items():
+        put_file(folder / name, content if isinstance(content, bytes) else content.read_bytes())
 
 
 def _only_file(folder: epath.Path, present: set[str]) -> str:

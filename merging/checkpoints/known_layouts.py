@@ -27,7 +27,6 @@ _NUMBER = re.compile(r"(?:(?<=[^0-9_./])_|(?<=[^./])[./])(0|[1-9][0-9]{0,8})(?=[
 
 def stacked(
     specs: Mapping[str, LeafSpec],
-    config: Mapping[str, Any] | None = None,
     *,
     axis: int = 0,
     under: str | Sequence[str] = LAYER_PARTS,
@@ -66,7 +65,6 @@ def stacked(
 
 def unstacked(
     specs: Mapping[str, LeafSpec],
-    config: Mapping[str, Any] | None = None,
     *,
     axis: int | None = None,
     under: str | Sequence[str] = LAYER_PARTS,
@@ -110,31 +108,47 @@ def unstacked(
     return Layout(name="unstacked", rules=(*rules, Rule("*", "*")))
 
 
-# A layout for the leaves of a checkpoint and what its config.json or model.json says; options by keyword.
+# A layout for the leaves of a checkpoint; options by keyword.
 Maker = Callable[..., Layout]
 LAYOUTS: dict[str, Maker] = {"stacked": stacked, "unstacked": unstacked}
+# Those that take more than leaves, the model's sizes: `models.trees`.
+TREES = ("own", "huggingface")
 
 
-def named_layout(
-    text: str, specs: Mapping[str, LeafSpec], config: Mapping[str, Any] | None = None
-) -> Layout:
+def named_layout(text: str, specs: Mapping[str, LeafSpec]) -> Layout:
     """The layout of a LAYOUT macro, such as `stacked` or `stacked(axis=1)`, for these leaves.
 
     Raises ValueError for a name or an option that isn't known.
     """
-    name, options = _parsed(text)
+    name, options = parsed(text)
     if name not in LAYOUTS:
-        raise ValueError(f"LAYOUT {text!r}: known are {', '.join(LAYOUTS)}")
+        raise ValueError(f"LAYOUT {text!r}: known are {', '.join((*LAYOUTS, *TREES))}")
     try:
-        return LAYOUTS[name](specs, config, **options)
+        return LAYOUTS[name](specs, **options)
     except TypeError as error:
         raise ValueError(f"LAYOUT {text!r}: {error}") from error
+
+
+def parsed(text: str) -> tuple[str, dict[str, Any]]:
+    """`stacked(axis=1)` -> ("stacked", {"axis": 1}). Raises ValueError for what is not spelled so."""
+    try:
+        tree = ast.parse(text, mode="eval").body
+        if isinstance(tree, ast.Name):
+            return tree.id, {}
+        if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) and not tree.args:
+            return tree.func.id, {str(k.arg): ast.literal_eval(k.value) for k in tree.keywords}
+    except (SyntaxError, ValueError):
+        pass
+    raise ValueError(f"LAYOUT {text!r}: write a name, or one with options: 'stacked(axis=1)'")
 
 
 def find_layout(
     wanted: Mapping[str, LeafSpec], found: Mapping[str, LeafSpec], *, where: str = "checkpoint"
 ) -> Layout | None:
-    """The layout from the leaves `found` to those `wanted`, if stacking and spelling is all that they differ in.
+    """The layout from the leaves `found` to those `wanted`, as far as stacking and spelling make them differ.
+
+    What differs in more (a leaf that only one has, another shape) passes as it is, under the name that is wanted of it: whether that
+    is wrong is for others to say. None: no leaf would change.
 
     Raises CheckpointError where the axis over layers can't be told from shapes (all candidates have as many entries).
     """
@@ -149,7 +163,10 @@ def find_layout(
     rules += [_stacking(name, place, axis).inverse() for name, place, axis in stacks]
     stacks = _stacks(theirs, ours, where)  # those found stacked
     rules += [_stacking(name, place, axis) for name, place, axis in stacks]
-    if ours or theirs:
+    rules += [
+        Rule(escape(spec.name), escape(ours.get(path, spec).name)) for path, spec in theirs.items()
+    ]
+    if all(rule.source == rule.target for rule in rules):
         return None
     return Layout(name="as the base has it", rules=tuple(rules))
 
@@ -287,16 +304,3 @@ def _axes(spec: LeafSpec, layers: Mapping[int, LeafSpec]) -> set[int]:
         for axis in axes
         if spec.shape[axis] == len(layers) and spec.shape[:axis] + spec.shape[axis + 1 :] == shape
     }
-
-
-def _parsed(text: str) -> tuple[str, dict[str, Any]]:
-    """`stacked(axis=1)` -> ("stacked", {"axis": 1})."""
-    try:
-        tree = ast.parse(text, mode="eval").body
-        if isinstance(tree, ast.Name):
-            return tree.id, {}
-        if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) and not tree.args:
-            return tree.func.id, {str(k.arg): ast.literal_eval(k.value) for k in tree.keywords}
-    except (SyntaxError, ValueError):
-        pass
-    raise ValueError(f"LAYOUT {text!r}: write a name, or one with options: 'stacked(axis=1)'")

@@ -34,6 +34,7 @@ from merging.checkpoints.huggingface import (
     carried_files,
     find_weights,
     index_json,
+    put_carried,
     shard_names,
 )
 from merging.checkpoints.safetensors_header import build_header, read_header, refuse, show
@@ -331,9 +332,8 @@ class Writer:
         self._raise_disk_errors()
         if self._is_main:
             if len(self.shards) > 1:
-                self._put(INDEX_FILE, index_json(self.shards, self._specs))
-            for name, content in self._carried.items():
-                self._put(name, content if isinstance(content, bytes) else content.read_bytes())
+                put_file(self._folder / INDEX_FILE, index_json(self.shards, self._specs))
+            put_carried(self._folder, self._carried)
         sync(self._folder)
 
     def close(self) -> None:
@@ -359,10 +359,6 @@ class Writer:
             if not shard.is_closing:
                 shard.is_closing = True
                 self._closing.append(self._disk.submit(shard.sink.close))
-
-    def _put(self, name: str, content: bytes) -> None:
-        """A small file, whole."""
-        put_file(self._folder / name, content)
 
     def _raise_disk_errors(self) -> None:
         for task in self._closing:

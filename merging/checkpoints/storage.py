@@ -24,9 +24,11 @@ import ctypes
 import errno
 import functools
 import os
+import re
 import stat
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
@@ -360,9 +362,23 @@ def put_whole(path: epath.Path, content: bytes) -> None:
     if not is_local(path):
         put_file(path, content)  # an object appears when all of it has come
         return
-    temporary = path.parent / (path.name + ".tmp")
-    put_file(temporary, content)
-    temporary.replace(path)
+    # Of a name of its own: of two that put the same file neither finds the other's bytes in it, or finds it gone.
+    temporary = path.parent / f"{path.name}.{uuid.uuid4().hex}.tmp"
+    try:
+        put_file(temporary, content)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def temporary_files(folder: epath.Path) -> Iterator[epath.Path]:
+    """What `put_whole`s that were killed left in a folder, or in those right in it."""
+    for pattern in ("*.tmp", "*/*.tmp"):
+        yield from (path for path in folder.glob(pattern) if _TEMPORARY.search(path.name))
+
+
+_TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp$")
 
 
 class LinesFile:

@@ -13,6 +13,7 @@ import numpy as np
 
 from merging.checkpoints.boxes import row_boxes
 from merging.checkpoints.format import CheckpointError, Index, LeafSpec, Reader
+from merging.paths import canonical
 
 COMPARED_ELEMENTS = 1 << 20  # in one go
 
@@ -66,10 +67,17 @@ def tied(reader: Reader, base: Mapping[str, LeafSpec], pairs: Mapping[str, str])
         for leaf, source in pairs.items()
         if leaf in base and leaf not in specs and source in specs
     }
-    absent = frozenset(leaf for leaf in pairs if leaf not in base and leaf in specs)
-    for leaf in absent:
-        _check_copy(reader, leaf, pairs[leaf])
-    return TiedReader(reader, present, absent) if present or absent else reader
+    paths = {
+        canonical(name): name for name in specs
+    }  # what the base lacks may be spelled otherwise
+    absent = {
+        paths[canonical(leaf)]: source
+        for leaf, source in pairs.items()
+        if leaf not in base and canonical(leaf) in paths
+    }
+    for leaf, source in absent.items():
+        _check_copy(reader, leaf, source)
+    return TiedReader(reader, present, frozenset(absent)) if present or absent else reader
 
 
 def _check_copy(reader: Reader, leaf: str, source: str) -> None:

@@ -28,6 +28,7 @@ from etils import epath
 from merging.checkpoints import boxes, storage, zarr
 from merging.checkpoints.checksums import box_text, checksum
 from merging.checkpoints.format import CheckpointError, Index, LeafSpec
+from merging.checkpoints.huggingface import put_carried
 from merging.checkpoints.left import Left
 from merging.checkpoints.ocdbt import MANIFEST, kvstore
 from merging.checkpoints.safetensors_header import show
@@ -204,6 +205,11 @@ class TreeWriter:
         self._done: set[str] = set()
         self._version = version
         self._left = store.left() if is_resumed else None
+        self._carried: Mapping[str, epath.Path | bytes] = {}
+
+    def carry(self, files: Mapping[str, epath.Path | bytes]) -> None:
+        """Small files that the main process puts beside the checkpoint; see `huggingface.carried_files`. Told before `commit`."""
+        self._carried = files
 
     def write(self, name: str, index: Index, array: np.ndarray, *, is_stored: bool = False) -> None:
         """Stores a box, [*box] in the leaf's dtype: one of `names_mine`. See `format.Writer` for the order."""
@@ -244,6 +250,7 @@ class TreeWriter:
         if self.is_main:
             for path in self._made_last():
                 remove(path)  # of a writer that was killed in here
+            put_carried(self._folder, self._carried)
             self._finish()
 
     def close(self) -> None:

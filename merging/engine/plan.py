@@ -15,7 +15,6 @@ from etils import epath
 from merging import manifest
 from merging.checkpoints import FORMATS, check_writable, open_checkpoint
 from merging.checkpoints.format import LeafSpec, Reader
-from merging.checkpoints.known_layouts import in_layout_of
 from merging.checkpoints.layout_reader import BUFFER_BYTES, LayoutReader
 from merging.checkpoints.tied import tied
 from merging.checkpoints.tree_writer import OPTIMIZER_STATES
@@ -26,6 +25,7 @@ from merging.engine.selection import Selection, check_tied, names_of
 from merging.methods.method import Method
 from merging.models import model_file
 from merging.models.model_file import ModelFile
+from merging.models.trees import in_tree_of
 from merging.paths import Stacked
 
 OUTPUT_DTYPES = ("float32", "bfloat16", "float16")
@@ -85,7 +85,7 @@ class Plan:
     Attributes:
       settings: as they were given.
       format: of the output.
-      carry_from: a Hugging Face folder whose config and tokenizer belong to the base; None where there is none.
+      carry_from: the base's folder, whose config and tokenizer go along where it has them; None where it is a file.
       model: what the base's model.json says, which goes along; None where it has none.
       base, experts: open readers.
       output: the folder to be.
@@ -199,12 +199,17 @@ def plan(settings: Settings) -> Plan:
             )
             for path in inputs
         )
-        described = model_file.read_if_there(settings.base)
+        folder = epath.Path(settings.base)
+        described = model_file.read_if_there(folder)
         says_it = settings.stacked is None and described is not None
         stacked = Stacked(described.stacked if says_it else settings.stacked)
         base_specs = with_stacked(base_reader.specs(), stacked)
         buffer_bytes = min(BUFFER_BYTES, settings.memory_budget_bytes // (4 * len(readers)))
-        readers = [in_layout_of(base_specs, r, buffer_bytes=buffer_bytes) for r in readers]
+        readers = [
+            in_tree_of(base_specs, each, folders=(settings.base, path), buffer_bytes=buffer_bytes)
+            for each, path in zip(readers, settings.experts, strict=True)
+        ]
+        rearranged = sum(isinstance(reader, LayoutReader) for reader in readers)
         if settings.tied != "refuse":
             specs_of_all = [base_specs, *(reader.specs() for reader in readers)]
             check_tied(settings.tied, list(dict.fromkeys(itertools.chain(*specs_of_all))))
@@ -223,7 +228,6 @@ def plan(settings: Settings) -> Plan:
         check_compatible(base_reader, readers, kept=kept, rows=rows, exclude=settings.exclude)
         specs = stored_as(settings.output_dtype, base_specs)
         workers = max(2, os.cpu_count() or 1)
-        rearranged = sum(isinstance(reader, LayoutReader) for reader in readers)
         expert_specs = [reader.specs() for reader in readers]
         limit = piece_limit(
             budget_bytes=settings.memory_budget_bytes - rearranged * buffer_bytes,
@@ -242,7 +246,7 @@ def plan(settings: Settings) -> Plan:
         )
 
         output_format = settings.format or base_reader.format
-        carry_from = base_reader.folder if base_reader.format == "safetensors" else None
+        carry_from = folder if folder.is_dir() else None
         beside = check_writable(
             output_format,
             specs,

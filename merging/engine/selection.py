@@ -20,7 +20,7 @@ from typing import Any
 from merging.engine.groups import without_scale
 from merging.engine.pieces import Tensor
 from merging.methods.method import Method, TaskVectorMethod
-from merging.paths import Patterns
+from merging.paths import Patterns, canonical
 
 SETTABLE = ("scale", "density", "weights")
 
@@ -103,10 +103,10 @@ class Selection:
 
 
 def check_tied(pairs: Mapping[str, str], leaves: Sequence[str]) -> None:
-    """Raises ValueError for a name in TIED that is none of the leaves of base and experts."""
-    known = set(leaves)
+    """Raises ValueError for a name in TIED that is none of the leaves of base and experts, however they are spelled."""
+    known = set(map(canonical, leaves))
     for name in (each for pair in pairs.items() for each in pair):
-        if name not in known:
+        if canonical(name) not in known:
             raise _no_leaf("TIED", name, leaves)
 
 

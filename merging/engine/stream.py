@@ -19,9 +19,11 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from merging.checkpoints.format import CheckpointError, Reader
+from merging.engine import hosts
 from merging.engine.pieces import Piece, Tensor, pieces_of
 from merging.engine.step import Geometry
 from merging.engine.workers import Result, work_on
+from merging.interrupted import Interrupted, ShouldStop, never
 
 ALIGNMENT = 64  # bytes; XLA:CPU takes numpy memory as it is only where it is aligned so
 
@@ -75,14 +77,23 @@ class Stream:
       seed: of the keep masks.
       limit: elements of the largest piece; buffers are made for it.
       workers: threads.
+      should_stop: whether to begin no further piece; asked now and then, in the caller's thread.
     """
 
     def __init__(
-        self, base: Reader, experts: Sequence[Reader], *, seed: int, limit: int, workers: int
+        self,
+        base: Reader,
+        experts: Sequence[Reader],
+        *,
+        seed: int,
+        limit: int,
+        workers: int,
+        should_stop: ShouldStop = never,
     ):
         self.base, self.experts = base, tuple(experts)
         self._expert_specs = [expert.specs() for expert in experts]
         self.seed, self.limit, self.workers = seed, limit, workers
+        self._should_stop = should_stop
         self.bytes_read = 0  # by passes over the inputs
         self.bytes_sampled = 0  # beside them, before the first
         self.read_seconds = 0.0  # of all workers together
@@ -99,10 +110,23 @@ class Stream:
         work: Callable[[Piece], Result],
         take: Callable[[Result], None],
     ) -> None:
-        """`workers.work_on` with this stream's threads."""
-        work_on(
-            pieces, work, take, workers=self.workers, while_running=lambda: self.while_running()
-        )
+        """A pass: `workers.work_on` with this stream's threads.
+
+        All hosts make the same passes. Raises Interrupted on all of them where one was asked to stop in this one.
+        """
+
+        def look() -> None:
+            self.while_running()
+            if self._should_stop():
+                raise Interrupted("stopped")
+
+        is_stopped = False
+        try:
+            work_on(pieces, work, take, workers=self.workers, while_running=look)
+        except Interrupted:
+            is_stopped = True
+        if hosts.combine(np.array([is_stopped], np.int64)):
+            raise Interrupted("stopped in the midst")
 
     def pieces(self, tensors: Iterable[Tensor]) -> Iterator[Piece]:
         """The tensors cut to what the buffers hold."""

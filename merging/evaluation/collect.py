@@ -37,6 +37,8 @@ class Score:
       count: examples.
       chance: what guessing gives; None where there is no such thing.
       seconds: its task's share of the time of the run.
+      ties: examples whose best choices had equal scores: the first of them counts.
+      cut_inputs, cut_targets: examples whose prompt or choices lost tokens; see `examples.Task`.
     """
 
     model: str
@@ -48,6 +50,9 @@ class Score:
     count: int
     chance: float | None
     seconds: float
+    ties: int = 0
+    cut_inputs: int = 0
+    cut_targets: int = 0
 
     def line(self) -> str:
         """As JSON, NaN as null."""
@@ -152,6 +157,9 @@ def result(
             count=len(task.examples),
             chance=task.chance,
             seconds=round(seconds, 3),
+            ties=ties,
+            cut_inputs=task.cut_inputs,
+            cut_targets=task.cut_targets,
         )
         for name, value in values.items()
         if not name.endswith("_stderr")
@@ -238,6 +246,22 @@ def put_scores(folder: epath.Path, results: Iterable[Result]) -> None:
     """The scores of a whole run as `scores.jsonl`, in place of what is there."""
     lines = [score.line() + "\n" for each in results for score in each.scores]
     put_whole(folder / SCORES, "".join(lines).encode())
+
+
+def cut(results: Iterable[Result]) -> dict[str, dict[str, int]]:
+    """Of each task over its prompts: examples, and those whose inputs or targets lost tokens to the lengths."""
+    found: dict[str, dict[str, int]] = {}
+    for each in results:
+        counts = found.setdefault(each.task.name, {"examples": 0, "inputs": 0, "targets": 0})
+        counts["examples"] += len(each.task.examples)
+        counts["inputs"] += each.task.cut_inputs
+        counts["targets"] += each.task.cut_targets
+    return found
+
+
+def total_ties(scores: Iterable[Score]) -> int:
+    """Of all models and tasks, each counted once, however many metrics it has."""
+    return sum({_group(score): score.ties for score in scores}.values())
 
 
 def _group(score: Score) -> tuple[str, str, str]:

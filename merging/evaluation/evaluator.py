@@ -100,7 +100,11 @@ class _Step:
 
 
 class Evaluator:
-    """Scores models of one architecture on some tasks."""
+    """Scores models of one architecture on some tasks.
+
+    Attributes:
+      forward_seconds: of all calls, from the first step's start until the last one's results were on the host.
+    """
 
     def __init__(
         self,
@@ -136,6 +140,7 @@ class Evaluator:
         self._placed: dict[tuple[int, bool], Any] = {}
         self._batches: dict[tuple[bool, tuple], list[_Batch]] = {}
         self._compiled: dict[tuple[_Step, bool], Callable] = {}
+        self.forward_seconds = 0.0
 
     # ---- what a user calls ---------------------------------------------------------------------------------------
 
@@ -392,6 +397,7 @@ class Evaluator:
         started = time.monotonic()
         finite = self._program(_Step("finite"), is_many=is_many)(params, None)
         batches = self._batches_of(tasks, is_many=is_many)
+        begun = time.monotonic()
         outputs: list[Any] = []
         done = 0
         for number, batch in enumerate(batches):
@@ -402,6 +408,7 @@ class Evaluator:
                 done += batches[number - IN_FLIGHT].examples * len(model_ids)
                 progress(done)
         fetched = jax.device_get(outputs)
+        self.forward_seconds += time.monotonic() - begun
         self._check_finite(np.asarray(finite).reshape(len(model_ids), -1), model_ids)
         seconds = (time.monotonic() - started) / len(model_ids)
         progress(sum(len(task.examples) for task in tasks) * len(model_ids))

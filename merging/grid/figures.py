@@ -208,7 +208,7 @@ def vector_figures(results: Results) -> Iterator[Heats]:
             (
                 "sign_conflict",
                 "sign conflict of task vectors",
-                "Share of parameters that both experts of a pair have changed, in opposite directions.",
+                "Of the parameters that both experts of a pair have changed the share that they have moved in opposite directions.",
                 False,
             ),
         ):

@@ -30,7 +30,7 @@ class Relative:
       rows: [S, B, M, N, K] rows of the cells' models in the results, -1 where the study has no such cell.
       is_there: [S, B, M, N, K], whether all datasets that count have a score.
       ratios: [S, B, M, N, K, D], NaN where the score or its reference is missing.
-      multitask: [S, B, D].
+      multitask: [S, B, D], NaN where there is none.
       counts: [S, B, M, N, K, D] bool: held-out, or of a category whose expert is in the merge; with a reference other than 0.
       reference: [S, B, D], the raw scores below the line: the expert's or the base's.
     """
@@ -101,9 +101,10 @@ def relative(results: Results, setting: str) -> Relative:
             merged[at] = [name in cell.categories for name in categories]
     steps = study.steps[setting]
     reference = np.stack([[_reference(results, s, b, steps) for b in bases] for s in sizes])
-    multitask = np.stack(
-        [[results.raw[results.rows[s, b, MULTITASK]] for b in bases] for s in sizes]
-    )
+    multitask = np.full_like(reference, np.nan)
+    if study.has_multitask:
+        of_each = [[results.raw[results.rows[s, b, MULTITASK]] for b in bases] for s in sizes]
+        multitask = np.stack(of_each)
     raw = np.where(rows[..., None] >= 0, results.raw[rows], np.nan)
     # A category has an expert in the merge, or is held out.
     is_held_out = np.array([study.roles[name] == HELD_OUT for name in categories])

@@ -54,6 +54,7 @@ class Study:
       bases: the role of each, pretrained or instruction_tuned.
       methods: each with its settings, as text.
       settings: those that the cells have.
+      has_multitask: there is a multitask model of each size and base.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Study:
     seeds: tuple[int, ...]
     datasets: tuple[Dataset, ...]
     cells: tuple[Cell, ...]
+    has_multitask: bool = True
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -82,11 +84,11 @@ class Study:
 
     @property
     def models(self) -> list[Model]:
-        """All models that have scores, once each: base, experts, multitask and merges of every size and base."""
+        """All models that are to have scores, once each: base, experts, multitask and merges of every size and base."""
         held_in = [name for name, role in self.roles.items() if role == HELD_IN]
         every = dict.fromkeys((None, *self.steps.values()))
         experts = [expert(name, steps) for steps in every for name in held_in]
-        trained = [BASE, *experts, MULTITASK]
+        trained = [BASE, *experts, *([MULTITASK] if self.has_multitask else [])]
         merged = dict.fromkeys((cell.size, cell.base, cell.model) for cell in self.cells)
         return [
             *((size, base, name) for size in self.sizes for base in self.bases for name in trained),
@@ -101,7 +103,8 @@ class Vectors:
     Attributes:
       experts: categories.
       norms: [experts].
-      cosines, sign_conflict: [experts, experts]; sign_conflict is the share of elements where both are non-zero and of opposite sign.
+      cosines, sign_conflict: [experts, experts]; sign_conflict is, of the elements that both have changed, the share
+        where they have opposite signs.
     """
 
     experts: tuple[str, ...]
@@ -265,6 +268,8 @@ def parse(found: Mapping[str, Any]) -> Study:
         cells=tuple(
             Cell(**{**cell, "categories": tuple(cell["categories"])}) for cell in found["cells"]
         ),
+        # A study.json that does not say so is of an earlier version.
+        has_multitask=found.get(study_file.DEPENDS_ON, {}).get("multitask", {}) is not None,
     )
 
 

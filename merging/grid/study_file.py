@@ -7,14 +7,16 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from etils import epath
 
-from merging.checkpoints.storage import put_file
+from merging.checkpoints.storage import put_whole
 from merging.grid.cells import Cell
-from merging.manifest import OutputError, digest
+from merging.manifest import OutputError, differences, digest
 
 FILE = "study.json"
 VERSION = 1
+DEPENDS_ON = "depends_on"
 HELD_IN, HELD_OUT = "held_in", "held_out"
 PRETRAINED, INSTRUCTION_TUNED = "pretrained", "instruction_tuned"
 # The names of a size and base's models that are not merged; `expert` gives the others.
@@ -88,6 +90,10 @@ class Places:
         """scores.jsonl and manifest.json of one model."""
         return self.root / "scores" / size / base / model
 
+    def merged(self, size: str, base: str, model: str) -> epath.Path:
+        """The checkpoint of a merged model, where these are kept."""
+        return self.root / "merged" / size / base / model
+
     def vectors(self, size: str, base: str) -> epath.Path:
         """How the task vectors of all experts lie to one another."""
         return self.root / "vectors" / size / f"{base}.json"
@@ -113,8 +119,9 @@ def described(
     seeds: Sequence[int],
     categories: Mapping[str, Category],
     cells: Sequence[Cell],
+    depends_on: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The content of study.json; `sizes` gives numbers of parameters."""
+    """The content of study.json; `sizes` gives numbers of parameters, `depends_on` all else that results depend on."""
     return {
         "version": VERSION,
         "name": name,
@@ -126,27 +133,61 @@ def described(
         "seeds": list(seeds),
         "categories": {name: dataclasses.asdict(each) for name, each in categories.items()},
         "cells": [dataclasses.asdict(cell) for cell in cells],
+        DEPENDS_ON: dict(depends_on),
     }
 
 
 def write(root: epath.Path, description: Mapping[str, Any]) -> None:
     """Puts study.json into the study's folder.
 
-    Raises OutputError where another study is there.
+    Raises OutputError where another study is there, or one that does not say what its results depend on.
     """
     path = root / FILE
     wanted = json.loads(json.dumps(description))
     if path.exists():
-        found = read(root)
-        if digest(found) == digest(wanted):
-            return
-        different = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
-        raise OutputError(
-            f"{path} is of another study, which differs in {', '.join(different)}: go on with its settings, or choose another"
-            " OUTPUT_DIR"
-        )
+        _refuse_other(path, read(root), wanted)
+        return
     root.mkdir(parents=True, exist_ok=True)
-    put_file(path, (json.dumps(wanted, indent=1) + "\n").encode())
+    put_whole(path, (json.dumps(wanted, indent=1) + "\n").encode())
+
+
+def _refuse_other(path: epath.Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    wanted = {**wanted, DEPENDS_ON: _but_for_rounding(wanted[DEPENDS_ON], found.get(DEPENDS_ON))}
+    if digest(found) == digest(wanted):
+        return
+    if DEPENDS_ON not in found:
+        raise OutputError(
+            f"{path} is of an earlier version and does not say what its results depend on, such as LIMIT and the steps of training:"
+            " choose another OUTPUT_DIR; or, if all in the folder was made by these settings, remove the file, and it is"
+            " written anew"
+        )
+    names = {*found, *wanted} - {DEPENDS_ON}
+    different = sorted(name for name in names if found.get(name) != wanted.get(name))
+    different += differences(found[DEPENDS_ON], wanted[DEPENDS_ON])
+    raise OutputError(
+        f"{path} is of another study, which differs in:\n  "
+        + "\n  ".join(different)
+        + "\ngo on with its settings, or choose another OUTPUT_DIR"
+    )
+
+
+def _but_for_rounding(now: Any, then: Any) -> Any:
+    """A JSON value, with what was there `then` for texts of numbers that lie as near as those of another device may."""
+    if isinstance(now, Mapping) and isinstance(then, Mapping):
+        return {name: _but_for_rounding(value, then.get(name)) for name, value in now.items()}
+    a, b = _numbers(now), _numbers(then)
+    if a.size and a.shape == b.shape:
+        few = 1e-5 * np.nanmax(np.abs(b))
+        return then if np.allclose(a, b, rtol=1e-3, atol=few, equal_nan=True) else now
+    return now
+
+
+def _numbers(text: Any) -> np.ndarray:
+    """Empty where it is no text of numbers."""
+    try:
+        return np.array([float(word) for word in text.split()])
+    except (AttributeError, ValueError):
+        return np.array([])
 
 
 def read(root: epath.PathLike) -> dict[str, Any]:

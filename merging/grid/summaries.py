@@ -403,3 +403,45 @@ def seconds_table(results: Results) -> Table:
             for (size, base, what), seconds in totals.items()
         ],
     )
+
+
+def shares(results: Results) -> str:
+    """Where the time went, as far as manifests tell it, in words; "" where they don't."""
+    work = every = merge = cells = 0.0
+    for place, each in results.manifests.items():
+        kind, *model = place.split("/")
+        if kind == "scores" and "forward_seconds" in each:
+            seconds = each["load_seconds"] + each["merge_seconds"] + each["evaluate_seconds"]
+            work += each["merge_seconds"] + each["forward_seconds"]
+            every += seconds
+            if not is_trained(model[-1]):
+                merge += each["merge_seconds"]
+                cells += seconds
+        elif kind == "models" and len(model) == 3 and "step_seconds" in each:  # a run of training
+            work += each["step_seconds"]
+            every += each["seconds"]
+    told = []
+    if every:
+        told.append(
+            f"{1 - work / every:.1%} of the time passed outside training steps, merges and forward passes"
+        )
+    if cells:
+        told.append(f"merging took {merge / cells:.1%} of the time of a cell")
+    return f"Of the outputs that tell it, {'; '.join(told)}." if told else ""
+
+
+def cut_inputs(results: Results) -> str:
+    """Examples that lost tokens to the lengths, in words; "" where no manifest counts them."""
+    found: dict[str, Mapping[str, int]] = {}
+    for each in results.manifests.values():
+        found |= each.get("cut", {})
+    total = sum(each["examples"] for each in found.values())
+    if not total:
+        return ""
+    told = []
+    for what in ("inputs", "targets"):
+        share = sum(each[what] for each in found.values()) / total
+        most = sorted(found, key=lambda task: -found[task][what] / found[task]["examples"])[:3]
+        named = [f"{t} {found[t][what] / found[t]['examples']:.0%}" for t in most if found[t][what]]
+        told.append(f"{what} of {share:.1%}" + (f" ({', '.join(named)})" if named else ""))
+    return f"Cut to the lengths that were set, of {total:,} examples: {'; '.join(told)}."

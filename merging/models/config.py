@@ -54,11 +54,15 @@ class DecoderConfig:
     scan_layers: bool = True
     remat: Remat = "none"
 
+    max_positions = None  # no field but where a published model says what it has learnt
+
     def __post_init__(self) -> None:
         for name in ("vocab_size", "embed_dim", "num_layers", "num_heads", "head_dim", "mlp_dim"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
         self._check("head_dim", self.head_dim % 2 == 0, "even: rotary positions turn pairs")
         self._check("dropout_rate", 0 <= self.dropout_rate < 1, "in [0, 1)")
+        is_limit = self.max_positions is None or self.max_positions >= 1
+        self._check("max_positions", is_limit, "at least 1, or None")
         self._check("remat", self.remat in get_args(Remat), f"one of {get_args(Remat)}")
         for name in ("dtype", "param_dtype"):
             self._check(name, getattr(self, name) in _FLOATS, f"one of {tuple(_FLOATS)}")
@@ -106,10 +110,12 @@ class LlamaConfig(DecoderConfig):
     Attributes:
       num_kv_heads: key/value heads; divides num_heads.
       tied_embeddings: the readout uses the embedding, unscaled; else a table of its own.
+      max_positions: the most tokens of a sequence that it was trained on; None: nobody says.
     """
 
     num_kv_heads: int
     tied_embeddings: bool = False
+    max_positions: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -134,6 +140,7 @@ class Gemma3Config(DecoderConfig):
       window: tokens that a query of a local layer sees, itself included.
       local_rope_base: base of the rotary wavelengths in local layers (`rope_base` is that of global ones).
       query_scale: factor of the queries.
+      max_positions: the most tokens of a sequence that it was trained on; None: nobody says.
     """
 
     num_kv_heads: int
@@ -142,6 +149,7 @@ class Gemma3Config(DecoderConfig):
     rope_base: float = 1_000_000.0
     local_rope_base: float = 10_000.0
     query_scale: float
+    max_positions: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

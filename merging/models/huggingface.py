@@ -7,6 +7,7 @@ that is not known here: it might change what the model computes.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,8 +16,10 @@ from etils import epath
 from merging.checkpoints.format import CheckpointError
 from merging.checkpoints.layouts import Layout, Rule
 from merging.checkpoints.safetensors_header import load_json, refuse, show
-from merging.checkpoints.storage import small_file
+from merging.checkpoints.storage import put_file, small_file
 from merging.models.config import Gemma3Config, LlamaConfig
+
+EMBEDDING = "model.embed_tokens.weight"  # every model has it, under this name
 
 
 def read_config(folder: epath.PathLike, **changes: Any) -> LlamaConfig | Gemma3Config:
@@ -78,12 +81,16 @@ def layout(config: LlamaConfig | Gemma3Config) -> Layout:
         )
         for theirs, ours in norms.items()
     )
-    tables = (Rule("model.embed_tokens.weight", "token_embedder/embedding"),)
-    if isinstance(config, LlamaConfig) and not config.tied_embeddings:
-        tables += (Rule("lm_head.weight", "token_embedder/readout"),)
+    single = (
+        Rule(EMBEDDING, "token_embedder/embedding"),
+        Rule("lm_head.weight", "token_embedder/readout"),
+        Rule("model.norm.weight", "final_norm/scale"),
+    )
+    # What the model doesn't have passes as it is: who knows what is wanted tells it, with all else that differs.
+    others = Rule("*", "*")
     return Layout(
-        name=f"of {type(config).__name__}",
-        rules=(*tables, *kernels, *scales, Rule("model.norm.weight", "final_norm/scale")),
+        name="own",
+        rules=(*single, *kernels, *scales, others),
         sizes={
             "layer": config.num_layers,
             "embed": config.embed_dim,
@@ -95,6 +102,69 @@ def layout(config: LlamaConfig | Gemma3Config) -> Layout:
     )
 
 
+def to_json(config: LlamaConfig | Gemma3Config) -> dict[str, Any]:
+    """The values of a config.json that `from_json` reads as this configuration, and `transformers` as this model.
+
+    Tokens that begin, end and fill up texts are null: a configuration doesn't know them.
+    """
+    values = {
+        "attention_bias": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "head_dim": config.head_dim,
+        "hidden_size": config.embed_dim,
+        "intermediate_size": config.mlp_dim,
+        "num_attention_heads": config.num_heads,
+        "num_hidden_layers": config.num_layers,
+        "num_key_value_heads": config.num_kv_heads,
+        "pad_token_id": None,
+        "rms_norm_eps": config.norm_epsilon,
+        "rope_theta": config.rope_base,
+        "torch_dtype": config.param_dtype,
+        "vocab_size": config.vocab_size,
+    }
+    if isinstance(config, LlamaConfig):
+        return values | {
+            "architectures": ["LlamaForCausalLM"],
+            "hidden_act": "silu",
+            "mlp_bias": False,
+            "model_type": "llama",
+            "tie_word_embeddings": config.tied_embeddings,
+        }
+    kinds = {"global": "full_attention", "local": "sliding_attention"}
+    return values | {
+        "architectures": ["Gemma3ForCausalLM"],
+        "hidden_activation": "gelu_pytorch_tanh",
+        "layer_types": [kinds[kind] for kind in config.layer_kinds],
+        "model_type": "gemma3_text",
+        "query_pre_attn_scalar": _scalar(config.query_scale),
+        "rope_local_base_freq": config.local_rope_base,
+        "sliding_window": config.window,
+        "tie_word_embeddings": True,
+    }
+
+
+def _scalar(query_scale: float) -> float:
+    """The number whose inverse square root this is: a whole one, or one of those next to its inverse square, which is rounded."""
+    near = query_scale**-2
+    choices = (round(near), near, math.nextafter(near, 0), math.nextafter(near, math.inf))
+    return next((each for each in choices if each and each**-0.5 == query_scale), near)
+
+
+def says(folder: epath.PathLike, config: LlamaConfig | Gemma3Config) -> bool:
+    """Whether a folder's config.json is there and says this configuration, but for what checkpoints leave open."""
+    if not (epath.Path(folder) / "config.json").exists():
+        return False
+    return read_config(folder, **{name: getattr(config, name) for name in _LEFT_OPEN}) == config
+
+
+def write_config(folder: epath.PathLike, config: LlamaConfig | Gemma3Config) -> None:
+    """Puts a config.json into a folder, in place of another."""
+    text = json.dumps(to_json(config), indent=2) + "\n"
+    put_file(epath.Path(folder) / "config.json", text.encode())
+
+
+_LEFT_OPEN = ("dropout_rate", "dtype", "param_dtype", "scan_layers", "remat")
 _LLAMA_NORMS = {
     "input_layernorm": "attention_norm",
     "post_attention_layernorm": "mlp_norm",
@@ -120,7 +190,6 @@ _UNREAD = {
     "dtype",
     "eos_token_id",
     "initializer_range",
-    "max_position_embeddings",
     "model_type",
     "name_or_path",
     "pad_token_id",
@@ -159,6 +228,12 @@ class _Keys:
                 f"{key} is {show(value)}, wanted a whole number from 1 to {_MOST}"
             )
         return value if is_count else 1
+
+    def count_if_there(self, key: str) -> int | None:
+        """The same, None where it is absent or null."""
+        if self._left.get(key) is None:
+            return self._left.pop(key, None)
+        return self.count(key)
 
     def number(self, key: str, default: float) -> float:
         """A positive number."""
@@ -220,6 +295,7 @@ def _common(keys: _Keys) -> dict[str, Any]:
         "head_dim": keys.count("head_dim", max(1, width // heads)),
         "mlp_dim": keys.count("intermediate_size"),
         "norm_epsilon": keys.number("rms_norm_eps", 1e-6),
+        "max_positions": keys.count_if_there("max_position_embeddings"),
     }
 
 

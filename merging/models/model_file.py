@@ -33,6 +33,9 @@ TOKENIZER_FILE = "tokenizer.json"
 _CHOSEN_BY_RUNS = ("dropout_rate", "remat")
 # What JSON has for the types of fields; of others (tuples of names) the configuration itself sees to it.
 _TYPES = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
+_TYPES["int | None"] = (int, type(None))
+# What a file may leave unsaid.
+_OPTIONAL = ("max_positions",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,6 +148,12 @@ def write_along(
     write(folder, config, stacked, described.vocabulary)
 
 
+def is_described(folder: epath.PathLike) -> bool:
+    """Whether a folder holds what `describe` reads."""
+    folder = epath.Path(folder)
+    return folder.is_dir() and any((folder / name).exists() for name in (FILE, "config.json"))
+
+
 def describe(folder: epath.PathLike, **changes: Any) -> ModelFile:
     """The same of any folder that says it: ours by model.json, a Hugging Face one by config.json and tokenizer.json.
 
@@ -180,7 +189,7 @@ def _config(family: Any, sizes: Any, changes: Mapping[str, Any], *, where: str) 
     kind = FAMILIES[family][0]
     types = {f.name: f.type for f in dataclasses.fields(kind) if f.name not in _CHOSEN_BY_RUNS}
     known = types.keys()
-    problems = [f"sizes: {name} is missing" for name in sorted(known - sizes.keys())]
+    problems = [f"sizes: {name} is missing" for name in sorted(known - sizes.keys() - {*_OPTIONAL})]
     problems += [f"sizes: {name} is unknown to {family}" for name in sorted(sizes.keys() - known)]
     problems += [
         f"sizes: {name} is {show(value)}, wanted {types[name]}"

@@ -13,15 +13,11 @@ from jax.sharding import Mesh
 
 from merging import partitioning
 from merging.checkpoints import open_checkpoint
-from merging.checkpoints.format import LeafSpec, Reader
-from merging.checkpoints.huggingface import read_config
-from merging.checkpoints.known_layouts import in_layout_of, named_layout
-from merging.checkpoints.layout_reader import LayoutReader
-from merging.checkpoints.safetensors_header import refuse, show
-from merging.models import huggingface
-from merging.models.config import DecoderConfig, Gemma3Config, LlamaConfig
-from merging.models.decoder import Decoder, boxed_params
+from merging.checkpoints.format import Reader
+from merging.models.config import DecoderConfig
+from merging.models.decoder import boxed_params
 from merging.models.families import model_of
+from merging.models.trees import as_model
 
 
 def read_params(
@@ -30,7 +26,6 @@ def read_params(
     mesh: Mesh,
     *,
     params_path: str | None = None,
-    layout: str | None = None,
 ) -> Any:
     """The parameters of a model, sharded over a mesh by `partitioning.RULES`.
 
@@ -40,7 +35,6 @@ def read_params(
       config: of the model; its `param_dtype` is what the parameters are converted to, once.
       mesh: with devices.
       params_path: where they are in a train state.
-      layout: a name of `known_layouts.LAYOUTS`, with options, that leads to the model's own tree.
 
     Returns:
       The model's tree of jax arrays.
@@ -48,49 +42,12 @@ def read_params(
     Raises CheckpointError where leaves are missing, left over, or of another shape, all in one message.
     """
     with contextlib.ExitStack() as opened:
-        if not isinstance(checkpoint, Reader):
-            folder = epath.Path(checkpoint)
-            reader: Reader = opened.enter_context(
-                contextlib.closing(open_checkpoint(folder, params_path=params_path))
-            )
-            described = read_config(folder if folder.is_dir() else None)
+        if isinstance(checkpoint, Reader):
+            reader = checkpoint
         else:
-            reader, described = checkpoint, {}
-        if layout is not None:
-            reader = LayoutReader(reader, named_layout(layout, reader.specs(), described))
+            opening = open_checkpoint(checkpoint, params_path=params_path)
+            reader = opened.enter_context(contextlib.closing(opening))
         return _read(as_model(reader, config), config, mesh)
-
-
-def as_model(reader: Reader, config: DecoderConfig) -> Reader:
-    """The reader, with leaves as the model has them. Raises CheckpointError where they can't be made so."""
-    wanted = specs_of(model_of(config))
-    reader = in_layout_of(wanted, own_names(reader, config))
-    found = {name: list(spec.shape) for name, spec in reader.specs().items()}
-    shapes = {name: list(spec.shape) for name, spec in wanted.items()}
-    problems = [
-        f"{show(name)} is {found.get(name, 'missing')}, wanted {shapes.get(name, 'none')}"
-        for name in sorted(found.keys() | shapes.keys())
-        if found.get(name) != shapes.get(name)
-    ]
-    refuse(reader.location, problems, f"these are not the parameters of {config}")
-    return reader
-
-
-def own_names(reader: Reader, config: DecoderConfig) -> Reader:
-    """The reader, with the model's own names and shapes where it has Hugging Face's."""
-    theirs = "model.embed_tokens.weight"
-    if isinstance(config, LlamaConfig | Gemma3Config) and theirs in reader.specs():
-        return LayoutReader(reader, huggingface.layout(config))
-    return reader
-
-
-def specs_of(model: Decoder) -> dict[str, LeafSpec]:
-    """The leaves of a model's own tree by name, in its order, in the parameters' dtype."""
-    tree = jax.tree.map(lambda box: box.value, boxed_params(model), is_leaf=partitioning.is_box)
-    return {
-        name: LeafSpec(name=name, shape=leaf.shape, dtype=np.dtype(leaf.dtype))
-        for name, leaf in flax.traverse_util.flatten_dict(tree, sep="/").items()
-    }
 
 
 def _read(reader: Reader, config: DecoderConfig, mesh: Mesh) -> Any:

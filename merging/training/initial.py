@@ -27,7 +27,8 @@ from merging.checkpoints.safetensors_header import refuse, show
 from merging.models.config import DecoderConfig
 from merging.models.decoder import boxed_params
 from merging.models.families import model_of
-from merging.models.parameters import as_model, own_names, read_leaf, read_params, specs_of
+from merging.models.parameters import read_leaf, read_params
+from merging.models.trees import as_model, own_names, specs_of
 from merging.training.settings import Restore
 
 # Where a train state of this stage has its parameters.

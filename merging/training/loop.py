@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from merging.interrupted import Interrupted
 from merging.training.batch import Batch
 from merging.training.checkpoints import Checkpoints
 from merging.training.feed import Feed, Position
@@ -31,18 +32,6 @@ Values = Mapping[str, Any]  # a number, or one for each expert
 
 class TrainingError(ValueError):
     """Training that can't go on: says at which step, what was found and what to do."""
-
-
-class Interrupted(Exception):
-    """The run was asked to stop, and its state is saved: the same command goes on from there.
-
-    Attributes:
-      step: steps taken.
-    """
-
-    def __init__(self, step: int):
-        super().__init__(f"stopped at step {step}")
-        self.step = step
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -199,7 +188,7 @@ class Loop:
             if is_stopping and not is_last:
                 if self._checkpoints is not None:
                     self._checkpoints.wait()
-                raise Interrupted(progress.step)
+                raise Interrupted(f"stopped at step {progress.step}")
         return state
 
     @property

@@ -7,6 +7,7 @@ gone on from.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,7 +26,7 @@ from merging.models.families import model_of
 from merging.paths import is_like, of_leaves
 from merging.training import initial as starts
 from merging.training.feed import Placement
-from merging.training.settings import Mixture, Settings
+from merging.training.settings import Mixture, Optimizer, Settings
 from merging.training.validation import Validation
 
 
@@ -342,25 +343,35 @@ def _judging(settings: Settings, validation: Validation | None) -> dict[str, Any
 
 
 def _behaviour(settings: Settings) -> str:
-    """What tells an optimizer and its learning rate from others: what it does, since functions have no other name.
+    """What tells an optimizer and its learning rate from others: what they do, since functions have no other name."""
+    return manifest.digest(
+        [*moves(settings.optimizer), *rates(settings.learning_rate, settings.train_steps)]
+    )
 
-    Three steps of a small problem at a learning rate of 1, and the learning rate over the run; to four digits.
-    """
+
+@functools.cache
+def moves(optimizer: Optimizer) -> tuple[str, ...]:
+    """Where three steps of a small problem lead at a learning rate of 1, to four digits."""
     params = {"kernel": jnp.asarray([[1.0, -2.0], [0.5, 3.0]]), "scale": jnp.asarray([1.0, 0.25])}
-    optimizer = settings.optimizer(1.0)
+    made = optimizer(1.0)
 
     @jax.jit
     def moved(params: Any, state: Any, number: Any) -> tuple[Any, Any]:
         gradients = jax.tree.map(lambda p: jnp.sin(p * (number + 1.0)), params)
-        updates, state = optimizer.update(gradients, state, params)
+        updates, state = made.update(gradients, state, params)
         return optax.apply_updates(params, updates), state
 
-    state = optimizer.init(params)
-    numbers = []
+    state = made.init(params)
+    numbers: list[float] = []
     for number in range(3):
         params, state = moved(params, state, np.float32(number))
         numbers += [float(x) for leaf in jax.tree.leaves(params) for x in np.ravel(leaf)]
-    rate = settings.learning_rate
-    places = np.unique(np.linspace(0, settings.train_steps - 1, 17).astype(np.int32))
-    rates = [float(rate(place)) for place in places] if callable(rate) else [float(rate)]
-    return manifest.digest([f"{number:.4g}" for number in numbers + rates])
+    return tuple(f"{number:.4g}" for number in numbers)
+
+
+def rates(learning_rate: Any, train_steps: int) -> tuple[str, ...]:
+    """A learning rate over a run, at up to 17 of its steps if it is a function of them, to four digits."""
+    if not callable(learning_rate):
+        return (f"{float(learning_rate):.4g}",)
+    places = np.unique(np.linspace(0, train_steps - 1, 17).astype(np.int32))
+    return tuple(f"{float(learning_rate(place)):.4g}" for place in places)

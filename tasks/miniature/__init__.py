@@ -17,13 +17,4 @@ from tasks.miniature.corpus import documents
 from tasks.miniature.generators import rows
 from tasks.miniature.vocabulary import vocabulary, words
 
-__all__ = ["describe", "documents", "rows", "vocabulary", "words"]
-
-
-def describe() -> None:
-    """Prints sizes, label balance, majority and chance of every dataset, and the vocabulary."""
-    from tasks.miniature.describe import (
-        describe as describe_all,
-    )  # reads tasks.datasets, which reads this package
-
-    describe_all()
+__all__ = ["documents", "rows", "vocabulary", "words"]

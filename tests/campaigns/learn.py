@@ -27,7 +27,7 @@ from merging.evaluation.collect import SCORES, Score, ScoresFile
 from tasks import catalog
 from tasks.dataset import Dataset
 from tasks.metrics import METRICS
-from tasks.miniature.describe import summary
+from tasks.miniature.summary import summary
 
 POINTS = 0.10
 TIMES = 2.0

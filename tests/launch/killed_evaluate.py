@@ -19,8 +19,7 @@ _saved: list[epath.Path] = []
 
 def put_whole(path: epath.Path, content: bytes) -> None:
     if len(_saved) == SAVES:
-        storage.put_file(path.parent / (path.name + ".tmp"), content)
-        os.kill(os.getpid(), signal.SIGKILL)
+        type(path).replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
     _saved.append(path)
     storage.put_whole(path, content)
 

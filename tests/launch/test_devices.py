@@ -128,7 +128,7 @@ def test_gke_says_who_takes_part(machine, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     assert devices.processes(os.environ) == devices.Processes(
-        coordinator="localhost:8482", count=6, index=5
+        coordinator="localhost:8482", count=6, index=5, slice=2
     )
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert devices.processes(os.environ) == devices.Processes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import pathlib
@@ -18,8 +19,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from launch import devices, evaluate
+from launch import devices, evaluate, exit_codes
 from launch.pod.local import run_local
+from merging import evaluate as stage
 from merging.models import model_file
 from merging.models.config import PalmConfig
 from merging.models.palm import Palm
@@ -36,21 +38,30 @@ ASKED = {
 }
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A folder as finetune leaves it, but for the manifest."""
+def written(folder: pathlib.Path, changes: dict[int, np.ndarray] | None = None) -> pathlib.Path:
+    """A folder as finetune leaves it, but for the manifest; some rows of the embedding changed."""
     from tasks.miniature import vocabulary
 
     config = PalmConfig(
         vocab_size=vocabulary().vocab_size, embed_dim=16, num_layers=2, num_heads=2, head_dim=8, mlp_dim=32
     )  # fmt: skip
     params = Palm(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    leaves = flax.traverse_util.flatten_dict(nn.unbox(params), sep="/")
-    folder = tmp_path_factory.mktemp("models") / "small"
+    leaves = {
+        k: np.array(v)
+        for k, v in flax.traverse_util.flatten_dict(nn.unbox(params), sep="/").items()
+    }
+    for token, row in (changes or {}).items():
+        leaves["token_embedder/embedding"][token] = row
     folder.mkdir()
-    save_file({k: np.asarray(v) for k, v in leaves.items()}, folder / "model.safetensors")
+    save_file(leaves, folder / "model.safetensors")
     model_file.write(folder, config, {"layers": 0}, model_file.Vocabulary(name="miniature"))
     return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A model with random parameters."""
+    return written(tmp_path_factory.mktemp("models") / "small")
 
 
 def bindings(checkpoint: pathlib.Path, output: pathlib.Path, **changes: Any) -> list[str]:
@@ -95,11 +106,37 @@ def test_scores_are_the_metrics_of_the_examples_that_are_written(whole: pathlib.
     found = {(line["task"], line["metric"]): line for line in lines(whole)}
     accuracy = found["causes_mini", "accuracy"]
     assert (accuracy["value"], accuracy["count"], accuracy["chance"]) == (np.mean(right), 5, 0.5)
-    assert found["opposites_mini", "exact_match"]["value"] == 100 * np.mean(exact)
+    assert found["opposites_mini", "exact_match"]["value"] == np.mean(exact)
     for each in ranked:
         assert len(each["choices"]) == len(each["choice_scores"]) == 2
         assert each["prediction"] == int(np.argmax(each["choice_scores"]))
         assert all(choice in each["inputs"] for choice in each["choices"])
+
+
+def test_an_answer_that_is_right_counts_one(checkpoint: pathlib.Path, tmp_path: pathlib.Path):
+    """Of a model that writes the first example's answer behind every prompt's last mark, a colon, and then ends."""
+    from launch.evaluation import Examples, evaluation_tasks
+    from tasks.miniature import vocabulary
+
+    only = {
+        "mixture_or_task_name": "opposites_which_mini",
+        "lengths": {"inputs": 160, "targets": 8},
+    }
+    ((task,), _) = evaluation_tasks(Examples(**only, limit=5), {})
+    colon, (answer,) = vocabulary().encode(":")[0], vocabulary().encode(task.examples[0].truth[0])
+    assert {each.prompt[-1] for each in task.examples} == {colon}
+    one, other = np.eye(16, dtype=np.float32)[[0, 2]] - np.eye(16, dtype=np.float32)[[1, 3]]
+    # A token's distribution is its row times all rows: the colon's is nearest the answer's, the answer's nearest the end's.
+    rows = {colon: 10 * one, answer: 20 * one + 10 * other, vocabulary().eos_id: 100 * other}
+    folder = written(tmp_path / "answering", rows)
+    run(folder, tmp_path / "out", MIXTURE_OR_TASK_NAME="opposites_which_mini", WRITE_EXAMPLES=True)
+    (examples,) = records(tmp_path / "out", "answering").values()
+    said = task.examples[0].truth[0]
+    assert [each["prediction"] for each in examples] == [said] * 5
+    right = [said in each["target"] for each in examples]
+    assert right[0] and not all(right)
+    found = {line["metric"]: line["value"] for line in lines(tmp_path / "out")}
+    assert found["exact_match"] == found["f1"] == np.mean(right)
 
 
 def test_few_shot_examples_stand_before_the_same_inputs(
@@ -145,6 +182,13 @@ def test_the_table_has_the_spread_over_prompts_beside_their_mean():
     assert shown[1].split() == "m t accuracy 0.5000 0.2121 2 0.3536 0.5000 200".split()
     assert shown[2].startswith("200 examples in 2.0 s (100/s")
     assert shown[3].startswith("3 examples had several best choices")
+    cut = [dataclasses.replace(each, cut_inputs=n, cut_targets=2) for n, each in enumerate(scores)]
+    shown = evaluate.described(Report(scores=cut, ties=3, was_done=True), FakePlan()).splitlines()
+    assert shown[0].endswith("examples  cut inputs  cut targets")
+    assert shown[1].split()[-3:] == ["200", "1", "4"]
+    assert [line.split(":")[0] for line in shown[2:]] == [
+        "Nothing to do", "cut inputs, cut targets", "3 examples had several best choices of equal score",
+    ]  # fmt: skip
 
 
 class FakePlan:
@@ -159,6 +203,7 @@ class FakePlan:
     [
         ({"CHECKPOINTS": ["/a"]}, "INITIAL_CHECKPOINT_PATH, or CHECKPOINTS, and not both"),
         ({"MEASURE": "accuracy"}, "MEASURE is 'accuracy'"),
+        ({"MIXTURE_OR_TASK_NAME": []}, r"MIXTURE_OR_TASK_NAME is \[\]: name at least one"),
         ({"LIMIT": 0}, "LIMIT is 0: it must be at least 1"),
         ({"TASK_FEATURE_LENGTHS": {"inputs": 8}}, "give 'inputs' and 'targets', and nothing else"),
         ({"SPLIT": "other"}, "has no split 'other'"),
@@ -206,6 +251,30 @@ def test_two_processes_of_four_devices_give_the_same(
             assert mine == theirs
 
 
+def test_sigterm_keeps_the_scores_and_the_same_command_goes_on(
+    checkpoint: pathlib.Path,
+    whole: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(stage, "SAVE_TOKENS", 1)  # after each task
+    write, before = stage._write, signal.getsignal(signal.SIGTERM)
+
+    def write_and_send(*arguments: Any) -> None:
+        write(*arguments)
+        signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "_write", write_and_send)
+        with pytest.raises(SystemExit) as ended:
+            run(checkpoint, tmp_path / "out")
+    assert ended.value.code == exit_codes.PREEMPTED
+    assert {line["task"] for line in lines(tmp_path / "out.partial")} == {"causes_mini"}
+    assert run(checkpoint, tmp_path / "out").examples == 5
+    assert lines(tmp_path / "out") == lines(whole)
+    signal.signal(signal.SIGTERM, before)
+
+
 @pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_and_gives_the_same(
     checkpoint: pathlib.Path, whole: pathlib.Path, tmp_path: pathlib.Path
@@ -218,9 +287,9 @@ def test_a_run_that_is_killed_goes_on_and_gives_the_same(
         command(checkpoint, ended, module="tests.launch.killed_evaluate", **given), cwd=REPOSITORY
     )
     assert killed.returncode == -signal.SIGKILL
-    assert not ended.exists() and (partial / "scores.jsonl.tmp").exists()
+    assert not ended.exists() and any(partial.glob("scores.jsonl.*.tmp"))
     assert {line["model"] for line in lines(partial)} == {"a"}
     again = run(checkpoint, ended, **given)
     assert again.examples == 10  # the second model's
     assert lines(ended) == [line | {"model": name} for name in both for line in lines(whole)]
-    assert not (ended / "scores.jsonl.tmp").exists()
+    assert not any(ended.glob("*.tmp"))

@@ -14,7 +14,7 @@ REPOSITORY = pathlib.Path(__file__).parents[2]
 
 # A file imports from its own row and the rows above.
 ROWS = [
-    {"kernels", "checkpoints", "partitioning", "manifest", "paths"},
+    {"kernels", "checkpoints", "partitioning", "interrupted", "manifest", "paths"},
     {"methods", "models"},
     {"engine", "training", "evaluation", "reporting"},
     {"grid"},

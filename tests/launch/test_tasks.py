@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import pathlib
@@ -44,6 +45,28 @@ def test_the_listing():
         list(command.listed({}, ["loca"], command.painter(False)))
 
 
+def test_the_listing_has_the_instruction_mixture_and_p3s_prompts(monkeypatch: pytest.MonkeyPatch):
+    from tasks import p3
+
+    names = ["opposites_which_mini", "opposites_question_mini"]
+    given = {"rate_cap": 10, "instruction_tasks": names}
+    told = list(command.listed(given, ["mini"], command.painter(False)))
+    assert told[-2].split() == ["instruction", "2", "6"]  # 10 // 3 of each
+    assert told[-1] == f"of {', '.join(names)}"
+
+    def one(datasets):
+        return [
+            dataclasses.replace(d, prompts={"theirs": d.prompts["link"]})
+            for d in datasets
+            if d.name == "copa"
+        ]
+
+    monkeypatch.setattr(p3, "with_p3_prompts", one)
+    told = list(command.listed({"prompts": "p3"}, ["study"], command.painter(False)))
+    assert told[0].startswith("study: 1 datasets")
+    assert " theirs " in told[2]
+
+
 def test_gin_and_flags_say_what_is_registered():
     found = command.configured(
         [],
@@ -76,3 +99,24 @@ def test_an_example_in_colours_and_an_error(folder: pathlib.Path):
     assert done.returncode == 1
     assert "Error: there is no collection 'loca'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_miniature_is_described_in_numbers(monkeypatch: pytest.MonkeyPatch):
+    from tasks.miniature import summary
+
+    monkeypatch.setattr(summary, "TABLE", {"causes": summary.TABLE["causes"]})
+    for _ in range(2):
+        head, causes, corpus, vocabulary = summary.lines()
+        assert "majority" in head and "chance" in head
+        assert causes.split()[:5] == [
+            "causes",
+            "sentence_completion",
+            "copa",
+            "accuracy",
+            "/".join(map(str, summary.generators.SIZES.values())),
+        ]
+        assert causes.split()[5:7] == [
+            "0.500",
+            "0.500",
+        ]  # two choices, and neither place is preferred
+        assert corpus.startswith("corpus: ") and vocabulary.startswith("vocabulary: ")

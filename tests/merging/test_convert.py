@@ -7,13 +7,16 @@ import pathlib
 
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
+import merging
 from merging import convert as stage
 from merging import manifest
 from merging.checkpoints import safetensors
 from merging.checkpoints.layouts import Layout, Rule
 from merging.convert import Settings, convert
+from merging.methods.averaging import Averaging
 from tests import models
 
 
@@ -165,6 +168,54 @@ def test_what_is_wrong_is_told_before_anything_is_written(
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
+def beside(folder: pathlib.Path) -> dict[str, bytes]:
+    """What a Hugging Face folder holds beside its parameters, for those who load it."""
+    names = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+    return {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
+
+
+def test_config_and_tokenizer_go_through_every_format(
+    model: models.Model, folder: str, tmp_path: pathlib.Path
+):
+    (tmp_path / "in/generation_config.json").write_text('{"eos_token_id": 3}')
+    wanted = beside(tmp_path / "in")
+    assert len(wanted) == 3
+    last: pathlib.Path | str = folder
+    for name in ("orbax", "t5x", "t5x_orbax", "safetensors"):
+        convert(Settings(input=last, output_dir=tmp_path / name, format=name))
+        last = tmp_path / name
+        assert beside(last) == wanted, name
+    assert models.same_bits(models.load(last), model)
+    restored = ocp.PyTreeCheckpointer().restore(tmp_path / "orbax")
+    assert models.same_bits({k: np.asarray(v) for k, v in restored.items()}, model)
+    target = ocp.PyTreeCheckpointer().restore(tmp_path / "t5x_orbax/state")["target"]
+    assert models.same_bits({k: np.asarray(v) for k, v in target.items()}, model)
+
+
+def test_they_go_along_with_a_merge_into_a_tree(folder: str, tmp_path: pathlib.Path):
+    wanted = beside(tmp_path / "in")
+    merging.merge_checkpoints(
+        base=folder,
+        experts=[folder],
+        method=Averaging(),
+        output_dir=tmp_path / "out",
+        format="orbax",
+        output_dtype="float32",
+    )
+    config = json.loads(wanted.pop("config.json")) | {"torch_dtype": "float32"}
+    found = beside(tmp_path / "out")
+    assert json.loads(found.pop("config.json")) == config and found == wanted
+    # And from there on, beside a tree.
+    merging.merge_checkpoints(
+        base=tmp_path / "out",
+        experts=[folder],
+        method=Averaging(),
+        output_dir=tmp_path / "again",
+        format="safetensors",
+    )
+    assert beside(tmp_path / "again") == beside(tmp_path / "out")
+
+
 @pytest.mark.real
 def test_a_real_model_stacked_and_back(real_checkpoints: pathlib.Path, tmp_path: pathlib.Path):
     folder = real_checkpoints / "smollm2"
@@ -183,3 +234,4 @@ def test_a_real_model_through_all_formats_and_back(
         convert(Settings(input=last, output_dir=tmp_path / name, format=name))
         last = tmp_path / name
     assert models.same_bits(models.load(last), models.load(folder))
+    assert beside(last) == beside(folder) and "tokenizer.json" in beside(last)

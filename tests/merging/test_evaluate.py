@@ -16,6 +16,7 @@ from merging import evaluate
 from merging.evaluation.collect import ScoresFile
 from merging.models import model_file
 from tests.merging.evaluation.test_evaluator import MODEL, OPTIONS, TASKS, params
+from tests.merging.models import families
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,8 @@ def test_a_run_that_was_ended_goes_on_and_gives_the_same(checkpoints, tmp_path, 
     assert lines(ended) == lines(whole)
     third = evaluate.run(planned(checkpoints, ended, write_examples=True))
     assert third.was_done and len(third.scores) == 10
+    manifests = [json.loads((each / "manifest.json").read_text()) for each in (whole, ended)]
+    assert manifests[0]["ties"] == manifests[1]["ties"] == report.ties == again.ties == third.ties
 
     with gzip.open(ended / "examples" / "b" / "many_a.jsonl.gz", "rt") as file:
         records = [json.loads(line) for line in file]
@@ -100,6 +103,22 @@ def test_tokens_that_a_model_lacks_are_refused(checkpoints, tmp_path):
         ValueError, match="model a has a vocabulary of 64 and the tasks have a token 64"
     ):
         planned(checkpoints, tmp_path / "out", [foreign])
+
+
+def test_rows_are_no_longer_than_what_the_model_has_learnt():
+    small = evaluate.Settings(output_dir="/out", checkpoints={})
+
+    def row_length(limit: int | None, given: int | None) -> int:
+        config = dataclasses.replace(families.CONFIGS["llama"], max_positions=limit)
+        return dataclasses.replace(small, row_length=given).options(config).row_length
+
+    assert small.options(MODEL.config).row_length == 2_048
+    assert [row_length(limit, None) for limit in (None, 512, 8_192)] == [2_048, 512, 2_048]
+    assert [row_length(limit, 512) for limit in (None, 512, 8_192)] == [512] * 3
+    with pytest.raises(
+        ValueError, match="ROW_LENGTH is 513, and the model has learnt 512 positions"
+    ):
+        row_length(512, 513)
 
 
 def test_a_checkpoint_that_is_gone_is_named(checkpoints, tmp_path):

@@ -21,12 +21,13 @@ from launch.pod.local import run_local
 from merging import finetune, manifest
 from merging.checkpoints.format import CheckpointError
 from merging.evaluation.examples import Example, Task
+from merging.interrupted import Interrupted
 from merging.models import model_file
 from merging.models.families import model_of
 from merging.models.parameters import read_params
 from merging.partitioning import MeshShape
 from merging.training import planning
-from merging.training.loop import Interrupted, TrainingError
+from merging.training.loop import TrainingError
 from merging.training.optimizer import Averaging, adamw
 from merging.training.validation import Validation
 from tests.merging.training import runs

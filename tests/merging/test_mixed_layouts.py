@@ -64,9 +64,67 @@ def test_what_no_layout_joins_is_told_as_ever(tmp_path: pathlib.Path):
     base, experts = models.base_and_experts(1, shapes=SHAPES, copied=False)
     del experts[0]["decoder/layers_2/norm/scale"]
     paths = models.save_all(tmp_path, base, [stacked(experts[0], 0)])
-    with pytest.raises(ValueError, match="decoder/layers/mlp/kernel .* is not in the base"):
+    with pytest.raises(ValueError, match=r":\n.*decoder/layers_2/norm/scale .* is missing\n\S"):
         merging.merge_checkpoints(**paths, method=Averaging(), output_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert np.array_equal(
         models.load(paths["base"])["decoder/embedding"], base["decoder/embedding"]
     )
+
+
+HEAD = "decoder/lm_head/weight"
+
+
+def test_layouts_go_with_tied_leaves_vocabulary_rows_and_exclude(tmp_path: pathlib.Path):
+    """Experts that are stacked and spelled otherwise, and differ from the base in what settings settle, besides."""
+    base, experts = models.base_and_experts(3, shapes=SHAPES, copied=False)
+    for model in (base, *experts):
+        model[HEAD] = model["decoder/embedding"].copy()
+    more = np.ones((7, 24), experts[0]["decoder/embedding"].dtype)
+    for name in ("decoder/embedding", HEAD):
+        experts[0][name] = np.concatenate([experts[0][name], more])
+    del experts[1][HEAD]
+    experts[1]["model.square.weight"] = np.ones((4, 4), np.float32)
+    experts[2]["decoder/layers_1/square/kernel"] = np.ones(3, np.float32)
+    settings = dict(
+        method=Ties(density=0.3),
+        tied={HEAD: "decoder/embedding"},
+        vocabulary_rows="common",
+        exclude=["*square*"],
+    )
+    forms = [stacked(spelled(model), 1) for model in experts]
+    for has_head in (True, False):
+        found = []
+        for name, each in (("plain", experts), ("mixed", forms)):
+            folder = tmp_path / f"{name}_{has_head}"
+            paths = models.save_all(folder, base, each)
+            merging.merge_checkpoints(**paths, **settings, output_dir=folder / "out")
+            found.append(models.load(folder / "out"))
+        assert found[0].keys() == base.keys()
+        assert not np.array_equal(found[0]["decoder/embedding"], base["decoder/embedding"])
+        assert models.same_bits(*found)
+        base.pop(HEAD, None)  # now the experts have a leaf that the base ties
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"tied": "refuse"}, "leaf decoder/lm_head/weight .* is missing"),
+        ({"vocabulary_rows": "refuse"}, r"136 vocabulary rows, not 129\)\n\S"),
+    ],
+)
+def test_what_settings_would_settle_is_all_that_is_told(
+    settings: dict[str, str], told: str, tmp_path: pathlib.Path
+):
+    base, experts = models.base_and_experts(1, shapes=SHAPES, copied=False)
+    base[HEAD] = base["decoder/embedding"].copy()
+    more = np.ones((7, 24), np.float32)
+    experts[0]["decoder/embedding"] = np.concatenate([experts[0]["decoder/embedding"], more])
+    paths = models.save_all(tmp_path, base, [stacked(spelled(experts[0]), 0)])
+    good = {"tied": {HEAD: "decoder/embedding"}, "vocabulary_rows": "common"}
+    with pytest.raises(ValueError, match=told) as error:
+        merging.merge_checkpoints(
+            **paths, **(good | settings), method=Averaging(), output_dir=tmp_path / "out"
+        )
+    assert "mlp" not in str(error.value)
+    assert not (tmp_path / "out").exists()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import pathlib
+import signal
 import sys
 
 import pytest
 
 import merging
+from launch import exit_codes
 from launch.pod.local import ProcessFailed, run_local
 from merging.engine import journal
 from merging.manifest import OutputError
@@ -42,21 +44,29 @@ def test_two_processes_equal_one(tmp_path: pathlib.Path):
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_stops_both_and_both_go_on(tmp_path: pathlib.Path):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_signal_to_one_process_stops_both_and_both_go_on(
+    tmp_path: pathlib.Path, number: signal.Signals
+):
     base, experts = models.base_and_experts(EXPERTS)
     folders = models.save_all(tmp_path, base, experts)
 
-    def job(kill_at: int) -> None:
-        command = [sys.executable, "-m", "tests.merging.resume_job", str(tmp_path), str(kill_at)]
+    def job(sent_at: int) -> None:
+        given = [str(tmp_path), str(sent_at), number.name]
+        command = [sys.executable, "-m", "tests.merging.resume_job", *given]
         run_local(command, processes=2, devices=1, timeout_s=300, echo=lambda _: None)
 
-    with pytest.raises(ProcessFailed):
+    with pytest.raises(ProcessFailed) as failed:
         job(12)
+    if number == signal.SIGTERM:
+        assert failed.value.returncode == exit_codes.PREEMPTED
+        assert all((tmp_path / f"stopped_{i}").exists() for i in range(2))
     there = [
         sum("leaf" in record for record in journal.read(path)[1])
         for path in sorted((tmp_path / "out.partial").glob("journal.*"))
     ]
-    assert len(there) == 2 and 0 < there[1] < 12
+    at_most = 12 if number == signal.SIGKILL else 12 + 2 * 64  # those that waited were finished
+    assert len(there) == 2 and 0 < there[1] < at_most
     with pytest.raises(OutputError, match="processes was 2, is 1"):
         merging.merge_checkpoints(
             **folders, output_dir=tmp_path / "out", methods=SETTINGS, shard_bytes=4_000

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import pathlib
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import flax.traverse_util
 import jax
 import numpy as np
+import optax
 import pytest
+from etils import epath
 
 import merging
 from merging import manifest, study
 from merging.evaluation.collect import SCORES, ScoresFile
-from merging.grid import tuning
+from merging.grid import study_file, tuning
 from merging.grid.relative import relative
 from merging.grid.results import read as read_results
 from merging.grid.study_file import Category, Dataset
+from merging.interrupted import Interrupted
 from merging.manifest import OutputError
 from merging.methods.averaging import Averaging
 from merging.methods.dare_ties import DareTies
@@ -28,6 +34,7 @@ from merging.methods.ties import Ties
 from merging.partitioning import MeshShape
 from merging.study import Data, InputMissing, Settings, Training
 from merging.study_models import SHARE_OF_MEMORY, StudyModels
+from merging.training.optimizer import adamw
 from tests.merging.evaluation.test_evaluator import TASKS
 from tests.merging.training import runs
 
@@ -55,6 +62,7 @@ DATA = Data(
     mixture=mixture,
     tasks=lambda is_tuned: (TASKS, {"of": "test", "is_tuned": is_tuned}),
     tuning_tasks=lambda: (TASKS[:-1], {"of": "tuning"}),
+    depends_on=lambda is_tuned: {"limit": 5},
 )
 
 
@@ -85,12 +93,21 @@ def settings(output: pathlib.Path, **changes: Any) -> Settings:
     return Settings(output_dir=output, **standard | changes)
 
 
+SMALL = {
+    "bases": {"pretrained": training("text")},
+    "multitask": None,
+    "methods": {"averaging": Averaging()},
+    "num_experts": (2,),
+    "seeds": (0,),
+}
+
+
 def run(output: pathlib.Path, *, options: dict[str, Any] | None = None, **arguments: Any):
     return study.run(study.plan(settings(output, **options or {}), DATA), **arguments)
 
 
 def models_of(planned: study.Plan, base: str) -> StudyModels:
-    making = study._Making(planned, "", print, lambda *args: None, lambda step: False)
+    making = study._Making(planned, "", print, lambda *args: None, lambda: False)
     return making._models_of("tiny", base)
 
 
@@ -177,9 +194,17 @@ def test_ended_anywhere_it_goes_on_to_the_same_scores(whole: pathlib.Path, tmp_p
     for number in (3, 17):
         with pytest.raises(Ended):
             run(output, progress=end_after(number))
+    asked = []
+
+    def ask() -> bool:  # before each model
+        asked.append(None)
+        return len(asked) == 3
+
+    with pytest.raises(Interrupted):
+        run(output, should_stop=ask)
     # A model whose scores are there and whose manifest is not was ended between the two.
     (output / "scores/tiny/pretrained/base" / manifest.MANIFEST).unlink()
-    assert run(output).made["cells"] == 28 - 17 + 1
+    assert run(output).made["cells"] == 28 - 17 - 2 + 1
     assert scores(output) == scores(whole)
 
 
@@ -194,6 +219,28 @@ def test_two_workers_give_the_scores_of_one(whole: pathlib.Path, tmp_path: pathl
 
 
 @pytest.mark.slow
+def test_what_another_process_is_making_is_waited_for(tmp_path: pathlib.Path):
+    def worker(name: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "tests.merging.study_job", str(tmp_path / "study"), name]
+        return stack.enter_context(
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        )
+
+    with contextlib.ExitStack() as stack:
+        first = worker("first")
+        assert first.stdout.readline() == "training\n"
+        second = worker("second")
+        passed_over = second.stdout.readline()
+        assert passed_over.startswith("tiny/bases is being made by another worker")
+        assert "waiting for tiny/bases" in second.stdout.readline()
+        assert first.communicate("go on\n", timeout=300) == ("1\n", None)
+        assert second.communicate(timeout=300) == ("0\n", None)
+    assert (first.returncode, second.returncode) == (0, 0)
+    assert manifest.read(tmp_path / "study/models/tiny/pretrained/base") is not None
+    assert not any(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.slow
 def test_experts_that_do_not_fit_are_streamed_to_the_same_scores(
     whole: pathlib.Path, tmp_path: pathlib.Path
 ):
@@ -204,6 +251,58 @@ def test_experts_that_do_not_fit_are_streamed_to_the_same_scores(
     assert "merges are streamed from disk" in told[0]
     assert scores(output) == scores(whole)
     assert not any((output / "streamed").iterdir())
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """One base, two experts, their average, and no multitask model."""
+    output = tmp_path_factory.mktemp("small") / "study"
+    report = run(output, options=SMALL)
+    assert report.made == {"bases": 1, "experts": 2, "cells": 4}
+    parts = dataclasses.astuple(report.spent)
+    assert min(parts) >= 0 and 0 < report.spent.work <= sum(parts) <= report.seconds
+    return output
+
+
+@pytest.mark.slow
+def test_what_was_cut_and_where_the_time_went_is_kept(small: pathlib.Path):
+    found = read_results(small)
+    assert found.is_there.all() and not found.study.has_multitask
+    counts = {task.name: {"examples": 0, "inputs": 0, "targets": 0} for task in TASKS}
+    for task in TASKS:
+        counts[task.name]["examples"] += len(task.examples)
+        counts[task.name]["inputs"] += task.cut_inputs
+        counts[task.name]["targets"] += task.cut_targets
+    for name in ("base", "averaging_n2_s0"):
+        how = found.manifests[f"scores/tiny/pretrained/{name}"]
+        assert how["cut"] == counts
+        assert (how["merge_seconds"] > 0) == (name != "base")
+        assert 0 < how["forward_seconds"] <= how["evaluate_seconds"]
+    trained = found.manifests["models/tiny/pretrained/experts_0"]
+    assert 0 < trained["step_seconds"] < trained["seconds"]
+
+
+@pytest.mark.slow
+def test_merged_checkpoints_are_kept_where_asked_for(small: pathlib.Path, tmp_path: pathlib.Path):
+    output = tmp_path / "study"
+    shutil.copytree(small, output)
+    assert not (output / "merged").exists()
+    options = {**SMALL, "keep_merged": True}
+    assert run(output, options=options).made["cells"] == 1
+    assert scores(output) == scores(small)
+    planned = study.plan(settings(small, **SMALL), DATA)
+    in_memory = models_of(planned, "pretrained").params("averaging_n2_s0")
+    on_disk = runs.params(output / "merged/tiny/pretrained/averaging_n2_s0")
+    for name, leaf in flax.traverse_util.flatten_dict(in_memory, sep="/").items():
+        assert np.asarray(leaf).tobytes() == on_disk[name].tobytes(), name
+
+    # The same merge again is scored from what was kept.
+    made = manifest.read(output / "merged/tiny/pretrained/averaging_n2_s0")
+    (output / "scores/tiny/pretrained/averaging_n2_s0" / manifest.MANIFEST).unlink()
+    assert run(output, options=options).made["cells"] == 1
+    assert scores(output) == scores(small)
+    assert manifest.read(output / "merged/tiny/pretrained/averaging_n2_s0") == made
+    assert run(output, options=options).made["cells"] == 0
 
 
 @pytest.mark.slow
@@ -305,6 +404,13 @@ def test_task_vectors_are_compared(whole: pathlib.Path):
     np.testing.assert_allclose(found["sign_conflict"], [[0, conflict], [conflict, 0]], atol=1e-6)
 
 
+def test_the_share_of_time_outside_of_work_is_told():
+    spent = study.Seconds(steps=4.0, merge=1.0, forward=3.5, read=1.0)
+    told = study.Report(made={"cells": 4}, seconds=10.0, spent=spent).describe()
+    assert "rest 0.5" in told
+    assert told.endswith("15.0% of the time outside training steps, merges and forward passes")
+
+
 def test_a_phase_names_what_an_earlier_one_lacks(tmp_path: pathlib.Path):
     with pytest.raises(InputMissing, match="the phase experts needs .*\n.*tiny/pretrained/base"):
         run(tmp_path / "study", phases=["experts"])
@@ -314,8 +420,80 @@ def test_a_phase_names_what_an_earlier_one_lacks(tmp_path: pathlib.Path):
 
 @pytest.mark.slow
 def test_another_study_in_the_same_folder_is_refused(whole: pathlib.Path):
-    with pytest.raises(OutputError, match="another study, which differs in cells, seeds"):
+    with pytest.raises(OutputError, match="another study, which differs in:\n  cells\n  seeds\n"):
         run(whole, options={"seeds": (0, 1, 2)})
+
+
+def described(folder: pathlib.Path, limit: int = 5, **changes: Any) -> dict[str, Any]:
+    data = dataclasses.replace(DATA, depends_on=lambda is_tuned: {"limit": limit})
+    return study._description(study.plan(settings(folder, **changes), data))
+
+
+def test_what_results_depend_on_stays_as_it_was_begun(tmp_path: pathlib.Path):
+    first, other = epath.Path(tmp_path) / "first", epath.Path(tmp_path) / "other"
+    study_file.write(first, described(first))
+    rate = {"learning_rate": optax.linear_schedule(1e-2, 0.0, 3)}
+    small = {"by_size": {"tiny": {"train_steps": 4}, "huge": {"train_steps": 9}}}
+    for changes, names in (
+        ({"limit": 6}, ["data.limit was 5, is 6"]),
+        (
+            {"expert": training("{category}_tiny", batch_size=2, **rate)},
+            [
+                "expert.batch_size was 8, is 2",
+                'expert.learning_rate was "0.01", is "0.01 0.006667 0.003333"',
+            ],
+        ),
+        (
+            {"multitask": training("ones", optimizer=optax.lion, clip_norm=None)},
+            [
+                'multitask.mixture was "both", is "ones"',
+                'multitask.optimizer was "',
+                "multitask.clip_norm was 1.0, is null",
+            ],
+        ),
+        (
+            {"expert": training("{category}_tiny", **small)},
+            ['expert.by_size.tiny was null, is {"train_steps": 4'],
+        ),
+        (
+            {"normalization": "tokens", "seed": 1},
+            ["seed was 0, is 1", 'normalization was "sum", is "tokens"'],
+        ),
+    ):
+        with pytest.raises(OutputError) as refused:
+            study_file.write(first, described(first, **changes))
+        found = str(refused.value).split("\n  ")[1:]
+        assert len(found) == len(names)
+        for line, wanted in zip(found, names, strict=True):
+            assert line.startswith(wanted)
+
+    # On another device functions give other last digits.
+    elsewhere = described(first)
+    elsewhere["depends_on"]["expert"]["learning_rate"] = "0.01000001"
+    study_file.write(first, elsewhere)
+
+    # Elsewhere, cut otherwise and saved more often it is the same study.
+    more = {"checkpoint_every": 1, "optimizer": lambda rate: adamw(rate)}
+    study_file.write(
+        first,
+        described(
+            other,
+            batch_tokens=99,
+            row_length=96,
+            models_at_once=2,
+            experts_in_memory=False,
+            mesh=None,
+            expert=training("{category}_tiny", **more),
+        ),
+    )
+
+
+def test_a_study_that_does_not_say_what_it_depends_on_is_refused(tmp_path: pathlib.Path):
+    wanted = described(tmp_path)
+    old = {name: value for name, value in wanted.items() if name != "depends_on"}
+    (tmp_path / "study.json").write_text(json.dumps(old))
+    with pytest.raises(OutputError, match="is of an earlier version and does not say .* LIMIT"):
+        study_file.write(epath.Path(tmp_path), wanted)
 
 
 @pytest.mark.parametrize(

@@ -310,6 +310,31 @@ class TestEvaluationSets:
             monkeypatch.undo()
             registered()
 
+    def test_a_malformed_row_is_told_with_file_and_line(
+        self, registered, lengths, tmp_path: pathlib.Path
+    ):
+        from tasks import evaluation, stream
+
+        good = {"text": "Who sings ?", "label_coarse": 3}
+        rows = [good, good, {"text": "Who ?"}], [good, {"text": "Who ?", "label_coarse": None}]
+        lines = [
+            json.dumps({"split": split, "fields": fields})
+            for split, of_split in zip(("validation", "train"), rows, strict=True)
+            for fields in of_split
+        ]
+        lines.insert(1, "")  # an empty line counts as one
+        (tmp_path / "trec.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+        registered(local_data=tmp_path)
+        try:
+            wanted = r"trec\.jsonl\.gz, line 4: a row of trec has no field 'label_coarse', .* found: split, text$"
+            with pytest.raises(ValueError, match=wanted):
+                evaluation.evaluation_set("trec_asks_local", lengths=lengths)
+            read = stream.Stream("trec_asks_local", lengths=lengths)
+            with pytest.raises(ValueError, match=r"gz, line 6: prompt 'asks' of trec: TypeError: "):
+                list(read.take(0))
+        finally:
+            registered()
+
     def test_errors(self, registered, lengths):
         from tasks import evaluation
 

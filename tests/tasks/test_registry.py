@@ -277,3 +277,46 @@ def test_tokens_are_as_numpy_wants_them(
     (first,) = task.get_dataset(None, split="validation", shuffle=False).take(1).as_numpy_iterator()
     assert (first["inputs"].dtype, first["label"].dtype) == (np.int32, np.int32)
     assert first["id"] == b"rotten_tomatoes-60"
+
+
+# ---- modules of the user's -------------------------------------------------------------------------------------------
+
+OWN_TASKS = """
+import seqio
+import tasks
+from tasks import vocabularies
+
+seqio.TaskRegistry.add(
+    "own_text",
+    source=seqio.FunctionDataSource(lambda split, shuffle_files, seed=None: None, splits=["train"]),
+    preprocessors=[],
+    output_features=vocabularies.features(seqio.ByteVocabulary()),
+)
+seqio.MixtureRegistry.add("own_mixture", ["own_text", "topics_local"], default_rate=1)
+"""
+
+
+def test_a_module_of_the_user_s_is_imported_behind_ours(
+    registered, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+    from tasks import registry
+
+    ours = next(name for name in registry.task_infos() if name.startswith("rotten_tomatoes"))
+    (tmp_path / "own_tasks.py").write_text(OWN_TASKS.replace("topics_local", ours))
+    (tmp_path / "own_nothing.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="'own_mixture'.*known once TASKS_MODULE names"):
+        registry.task_names("own_mixture")
+    try:
+        for _ in range(2):  # ours are registered anew, the module is imported once
+            registered(tasks_module="own_tasks", instruction_tasks=["own_text"])
+            assert registry.task_names("own_mixture") == ("own_text", ours)
+            assert registry.mixtures()["instruction"] == ("own_text",)
+            registered()
+        with pytest.raises(ValueError, match="'no_such.module' can't be imported"):
+            registered(tasks_module=["own_tasks", "no_such.module"])
+        with pytest.raises(ValueError, match="'own_nothing' registers no task and no mixture"):
+            registered(tasks_module=["own_nothing"])
+    finally:
+        registry.seqio.MixtureRegistry.remove("own_mixture")
+        registry.seqio.TaskRegistry.remove("own_text")

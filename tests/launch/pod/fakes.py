@@ -64,6 +64,10 @@ DOCKER = r"""#!/bin/bash
 printf '%s\x1f' "$FAKE_HOST" "$@" >>"$FAKE_HOME/docker"
 printf '\x1e' >>"$FAKE_HOME/docker"
 codes=$FAKE_HOME/codes-$FAKE_HOST
+if [[ $1 == logs ]]; then
+  echo "training begins"
+  echo "step 1" >&2
+fi
 if [[ $1 == wait && -e $codes ]]; then
   mapfile -t left <"$codes"
   echo "${left[0]}"
@@ -73,6 +77,12 @@ fi
 
 SUDO = """#!/bin/bash
 exec "$@"
+"""
+
+# The metadata server; here the last number of a host's name is that of its slice.
+CURL = """#!/bin/bash
+[[ ${*: -1} == http://metadata.google.internal/computeMetadata/v1/instance/attributes/tpu-env ]] || exit 6
+printf "%s\\n" "ACCELERATOR_TYPE: 'v5litepod-256'" "MEGASCALE_NUM_SLICES: '4'" "MEGASCALE_SLICE_ID: '${FAKE_HOST##*-}'" "ZONE: 'a'"
 """
 
 HOSTNAME = """#!/bin/bash
@@ -92,6 +102,7 @@ class Cloud:
             "docker": DOCKER,
             "sudo": SUDO,
             "hostname": HOSTNAME,
+            "curl": CURL,
         }
         for name, body in programs.items():
             path = home / "bin" / name

@@ -81,6 +81,18 @@ def test_run_starts_all_then_shows_a_log_then_waits_for_all(cloud, make_pod, pro
     assert [host for host, _ in calls[-4:]] == cloud.hosts
 
 
+@pytest.mark.parametrize(
+    ("mesh", "led"), [("v5e-16", "[t1v-w-{0}]"), ("v5e-256x4", "[slice {0} t1v-w-{0}]")]
+)
+def test_lines_of_logs_say_whose_they_are(cloud, make_pod, programs, capfd, mesh: str, led: str):
+    programs.run(tpu_vm.ssh(make_pod(mesh), tpu_vm.logs_script(make_pod(mesh))))
+    lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("[")]
+    assert len(cloud.hosts) == 4
+    assert lines == [
+        f"{led.format(i)} {line}" for i in range(4) for line in ("training begins", "step 1")
+    ]
+
+
 def test_one_failed_worker_is_a_failure_that_names_it(cloud, make_pod, programs):
     """A mistake of the user is not tried again."""
     cloud.plan(codes={"t1v-w-2": [exit_codes.MISTAKE]})

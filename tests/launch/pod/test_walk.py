@@ -29,20 +29,26 @@ def commands() -> list[str]:
 
 COMMANDS = commands()
 OURS = [command for command in COMMANDS if command.startswith("python -m launch.")]
-SETTINGS = [command for command in COMMANDS if command.startswith("cat > my_pod.gin")]
-OUTSIDE = [command for command in COMMANDS if command not in OURS + SETTINGS]
+FILES = [command for command in COMMANDS if command.startswith("cat > ")]
+ON_THE_POD = sorted({command.partition(" -- ")[2] for command in OURS if " -- " in command})
+OUTSIDE = [command for command in COMMANDS if command not in OURS + FILES]
 
 
 @pytest.fixture
 def folder(tmp_path: pathlib.Path) -> pathlib.Path:
-    """A folder with the settings that the walk writes."""
-    subprocess.run(["bash", "-c", *SETTINGS], cwd=tmp_path, check=True)
+    """A folder with the files that the walk writes."""
+    for command in FILES:
+        subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True)
     return tmp_path
 
 
 def test_there_is_a_walk():
-    assert COMMANDS[0] == "gcloud auth login"
-    assert len(SETTINGS) == 1
+    assert OUTSIDE[0] == "gcloud auth login"
+    assert [command.split()[2] for command in FILES] == [
+        "my_tasks.py",
+        "my_paper.gin",
+        "my_pod.gin",
+    ]
     assert len(OURS) >= 10
 
 
@@ -75,12 +81,20 @@ def test_our_commands_run_dry(folder: pathlib.Path, command: str):
     assert all(word in done.stdout for word in words[at + 1 :])
 
 
-@pytest.mark.parametrize("command", [command for command in OURS if " -- " in command])
-def test_what_they_run_on_the_pod_is_there(command: str):
-    words = shlex.split(command.partition(" -- ")[2])
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ON_THE_POD)
+def test_what_runs_on_the_pod_runs_dry(folder: pathlib.Path, command: str):
+    for file in ("my_tasks.py", "my_paper.gin"):  # no bucket is read here
+        text = (folder / file).read_text()
+        assert "gs://my-bucket/vocabulary.model" in text
+        (folder / file).write_text(text.replace("gs://my-bucket/vocabulary.model", "bytes"))
+    words = [word.replace("gs://my-bucket", str(folder)) for word in shlex.split(command)]
     assert words[:2] == ["python", "-m"]
-    assert (REPOSITORY / (words[2].replace(".", "/") + ".py")).exists()
-    for word in words:
-        file = word.removeprefix("--gin_file=")
-        if file != word and not (REPOSITORY / file).exists():
-            pytest.skip(f"{file} is not there yet")
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, *words[1:], "--dry_run"],
+        cwd=folder, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert not done.returncode, done.stderr
+    assert "sizes      1b, 8b, 24b, 64b\n" in done.stdout and "of 416 done" in done.stdout
+    assert not (folder / "paper").exists()

@@ -3,11 +3,13 @@
 import concurrent.futures
 import errno
 import os
+import pathlib
 import random
 import threading
 
 import numpy as np
 import pytest
+from etils import epath
 
 from merging.checkpoints import storage
 from merging.checkpoints.storage import ByteSink
@@ -153,3 +155,19 @@ def test_writeback_begins_early_and_leaves_little_for_the_end(tmp_path, monkeypa
     assert len(CONTENT) - sum(nbytes for _, nbytes in asked) < 100 + largest
     sink.close()
     assert (tmp_path / "file").read_bytes() == CONTENT
+
+
+def test_two_that_put_the_same_file_at_once(tmp_path: pathlib.Path, monkeypatch):
+    path, put = epath.Path(tmp_path) / "scores.jsonl", storage.put_file
+    others = iter([b"the other's"])
+
+    def while_another_puts_it(temporary: epath.Path, content: bytes) -> None:
+        put(temporary, content)
+        for other in others:
+            storage.put_whole(path, other)
+            assert path.read_bytes() == other
+
+    monkeypatch.setattr(storage, "put_file", while_another_puts_it)
+    storage.put_whole(path, b"mine")
+    assert path.read_bytes() == b"mine"
+    assert [each.name for each in tmp_path.iterdir()] == ["scores.jsonl"]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import pathlib
 
 import numpy as np
 import pytest
 
-from merging.evaluation.collect import Result, Score, ScoresFile, result
+from merging.evaluation.collect import Result, Score, ScoresFile, result, total_ties
 from merging.evaluation.examples import Example, Task
 
 
@@ -52,6 +53,11 @@ def test_scores_come_back_as_they_were(tmp_path: pathlib.Path):
         s.line() for g in GROUPS for s in g.scores
     ]
     assert math.isnan(ScoresFile(path).scores[3].value)
+
+
+def test_ties_are_counted_once_a_task_whatever_its_metrics():
+    scores = [dataclasses.replace(s, ties=n) for n, g in enumerate(GROUPS, 2) for s in g.scores]
+    assert total_ties(scores) == 2 + 3
 
 
 def test_a_line_that_is_no_score_is_named(tmp_path: pathlib.Path):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
 
-from merging.grid import bootstrap, results
+from merging.grid import bootstrap, results, summaries
 from merging.grid.relative import Grid, Relative, grid, relative
+from merging.report import report
 from tests.merging.grid.synthetic import IT, World, write_scores
 
 TASKS = {
@@ -68,7 +70,7 @@ def study(tmp_path: pathlib.Path) -> pathlib.Path:
             for names in (["A"], ["A", "B"])
         ],
     }
-    (tmp_path / "study.json").write_text(json.dumps(described))
+    (tmp_path / "study.json").write_text(json.dumps(described))  # of a version before `depends_on`
     for name, scores in SCORES.items():
         write_scores(tmp_path, ("xs", "pretrained", name), TASKS, scores)
     return tmp_path
@@ -89,6 +91,23 @@ def test_raw_scores_are_means_over_prompts_then_parts(study: pathlib.Path):
         np.testing.assert_allclose(found.raw[row], list(scores.values()), rtol=1e-12)
     assert found.is_there.all()
     np.testing.assert_array_equal(found.chance, 0.25)
+
+
+def test_a_study_without_multitask_models_is_whole_without_them(study: pathlib.Path):
+    described = json.loads((study / "study.json").read_text())
+    described["depends_on"] = {"multitask": None}
+    (study / "study.json").write_text(json.dumps(described))
+    shutil.rmtree(study / "scores/xs/pretrained/multitask")
+    ratios, cells = graded(study)
+    assert ratios.results.is_there.all() and len(ratios.results.rows) == len(SCORES) - 1
+    assert cells.held_in[0, 0, 0, 0, 1, 0] == pytest.approx((0.75 + 1.0) / 2)
+    assert np.isnan(cells.multitask_held_in).all() and np.isnan(cells.multitask_held_out).all()
+    made = report(study, draws=10)
+    assert made.there == made.wanted == len(SCORES) - 1
+    claims = {each.claim.id: each for each in made.claims["fixed"]}
+    assert {each.verdict for each in claims.values() if "multitask" in each.claim.needs} == {
+        "undecided"
+    }
 
 
 def test_relative_scores_are_those_worked_out_by_hand(study: pathlib.Path):
@@ -192,3 +211,30 @@ def test_an_interval_is_quantiles_of_the_draws():
     assert bootstrap.estimate(np.concatenate([[-5.0], np.arange(101.0)])).low == -5.0
     half = np.where(np.arange(102) % 3 == 0, draws, np.nan)
     assert np.isnan(bootstrap.estimate(half).low)
+
+
+def test_times_and_cuts_are_those_of_the_manifests(study: pathlib.Path):
+    assert summaries.shares(results.read(study)) == summaries.cut_inputs(results.read(study)) == ""
+    of_model = {"load_seconds": 1.0, "evaluate_seconds": 8.0, "forward_seconds": 6.0}
+    cut = {
+        "a1_x": {"examples": 50, "inputs": 10, "targets": 0},
+        "h1": {"examples": 150, "inputs": 0, "targets": 0},
+    }
+    made = {
+        "scores/xs/pretrained/base": {**of_model, "merge_seconds": 0.0, "cut": cut},
+        "scores/xs/pretrained/averaging_n2_s0": {**of_model, "merge_seconds": 1.0, "cut": cut},
+        "models/xs/pretrained/experts_0": {"seconds": 81.0, "step_seconds": 67.0},
+        "models/xs/pretrained/experts_0/A": {"seconds": 40.0, "step_seconds": 30.0},
+    }
+    for place, found in made.items():
+        (study / place).mkdir(parents=True, exist_ok=True)
+        (study / place / "manifest.json").write_text(json.dumps(found))
+    found = results.read(study)
+    # 6 + 7 + 67 of 9 + 10 + 81; of the cell's 10 seconds 1.
+    assert summaries.shares(found) == (
+        "Of the outputs that tell it, 20.0% of the time passed outside training steps, merges and forward passes; merging took"
+        " 10.0% of the time of a cell."
+    )
+    assert summaries.cut_inputs(found) == (
+        "Cut to the lengths that were set, of 200 examples: inputs of 5.0% (a1_x 20%); targets of 0.0%."
+    )

@@ -56,6 +56,16 @@ GEMMA3 = {
 }
 
 
+def test_the_positions_that_a_model_has_learnt_are_known():
+    assert config_of(LLAMA).max_positions == 128
+    assert config_of(LLAMA | {"max_position_embeddings": None}).max_positions is None
+    assert config_of(GEMMA3).max_positions is None
+    with pytest.raises(
+        CheckpointError, match="max_position_embeddings is 0, wanted a whole number"
+    ):
+        config_of(LLAMA | {"max_position_embeddings": 0})
+
+
 def config_of(values: dict[str, Any], **changes: Any) -> DecoderConfig:
     return huggingface.from_json(values, where="config.json", **changes)
 
@@ -184,6 +194,28 @@ def test_export_and_import_keep_every_bit(family: str, scan_layers: bool, dtype:
     same_bits(arranged(layout.inverse(), arranged(layout, theirs)), theirs)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"vocab_size": 41, "norm_epsilon": 1e-5, "rope_base": 5e5}]
+)
+def test_a_configuration_as_a_config_json_is_read_as_itself(family: str, changes: dict[str, Any]):
+    config = families.build(family, **changes).config
+    values = json.loads(json.dumps(huggingface.to_json(config)))
+    assert config_of(values) == config
+
+
+def test_the_numbers_of_a_config_json_come_back():
+    for scalar in (1, 3, 168, 256):
+        values = GEMMA3 | {"query_pre_attn_scalar": scalar}
+        assert huggingface.to_json(config_of(values))["query_pre_attn_scalar"] == scalar
+    for values in (LLAMA, LLAMA | {"tie_word_embeddings": True}, GEMMA3):
+        found = huggingface.to_json(config_of(values, param_dtype="bfloat16"))
+        left = {"architectures", "bos_token_id", "eos_token_id", "max_position_embeddings"}
+        assert {k: found[k] for k in values.keys() - left} == {
+            k: values[k] for k in values.keys() - left
+        }
+
+
 def test_scanned_and_unrolled_read_the_same_numbers():
     scanned = families.build("gemma3")
     unrolled = families.build("gemma3", scan_layers=False)
@@ -224,7 +256,7 @@ def test_a_folder_is_read_in_the_dtype_that_is_wanted(tmp_path: pathlib.Path):
         ({"model.norm.weight": None}, "'final_norm/scale' is missing"),
         ({"lm_head.weight": None}, "'token_embedder/readout' is missing"),
         ({"model.layers.1.mlp.up_proj.weight": None}, "model.layers.1.mlp.up_proj.weight"),
-        ({"model.norm.bias": (32,)}, "no rule takes it"),
+        ({"model.norm.bias": (32,)}, "'model.norm.bias' is [32], wanted none"),
         ({"model.norm.weight": (31,)}, "'final_norm/scale' is [31], wanted [32]"),
         ({"model.layers.0.self_attn.k_proj.weight": (32, 32)}, "k_proj.weight"),
     ],

@@ -36,6 +36,21 @@ def test_what_a_run_chooses_is_not_the_models(tmp_path: pathlib.Path):
     assert model_file.read(tmp_path).vocabulary is None
 
 
+def test_the_positions_that_a_model_has_learnt_may_stay_unsaid(tmp_path: pathlib.Path):
+    config = dataclasses.replace(families.CONFIGS["llama"], max_positions=512)
+    model_file.write(tmp_path, config, STACKED, None)
+    assert model_file.read(tmp_path).config == config
+    path = tmp_path / "model.json"
+    said = json.loads(path.read_text())
+    del said["sizes"]["max_positions"]  # as before it was known
+    path.write_text(json.dumps(said))
+    assert model_file.read(tmp_path).config == families.CONFIGS["llama"]
+    said["sizes"]["max_positions"] = "512"
+    path.write_text(json.dumps(said))
+    with pytest.raises(CheckpointError, match="max_positions is '512', wanted int ."):
+        model_file.read(tmp_path)
+
+
 def test_a_vocabularys_files_go_along(tmp_path: pathlib.Path):
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
     theirs.mkdir()

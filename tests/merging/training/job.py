@@ -10,28 +10,29 @@ import os
 import pathlib
 import sys
 
-from launch import devices, exit_codes, preemption
+from launch import devices, preemption
 
 
 def main(output: str, changes: str, mesh: str) -> None:
     joined = devices.processes(os.environ)
     devices.start(joined)
     print(f"pid {os.getpid()}", flush=True)
+    from merging.interrupted import Interrupted
     from merging.partitioning import MeshShape
-    from merging.training.loop import Interrupted
     from tests.merging.training import runs
 
+    is_asked = preemption.should_stop(joined)
     try:
         runs.run(
             pathlib.Path(output),
             mesh=MeshShape(**json.loads(mesh)),
-            should_stop=preemption.should_stop(joined),
+            should_stop=lambda step: is_asked(),
             write_metrics=lambda name, step, values: print(f"step {step}", flush=True),
             log=lambda text: print(text, flush=True),
             **json.loads(changes),
         )
-    except Interrupted:
-        devices.end(exit_codes.PREEMPTED, joined)
+    except Interrupted as stopped:
+        preemption.end(stopped, print, joined)
     print("whole", flush=True)
 
 

@@ -17,8 +17,8 @@ from tasks import catalog
 from tasks.datasets.miniature import CORPUS, DATASETS, TABLE
 from tasks.miniature import documents, generators, rows, words
 from tasks.miniature.corpus import SHARES
-from tasks.miniature.describe import summary
 from tasks.miniature.draws import SPLITS, Draw, split_of
+from tasks.miniature.summary import summary
 from tasks.miniature.vocabulary import TOKEN
 from tasks.miniature.vocabulary import vocabulary as word_vocabulary
 from tasks.miniature.world import world

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
+from collections.abc import Iterator
 
 from tasks.datasets.miniature import CORPUS, DATASETS, TABLE
 from tasks.miniature import corpus, generators
@@ -65,16 +66,16 @@ def summary(name: str) -> Summary:
     )
 
 
-def describe() -> None:
-    """Prints the summary of every dataset, of the corpus and of the vocabulary."""
-    print(
+def lines() -> Iterator[str]:
+    """The summary of every dataset, of the corpus and of the vocabulary."""
+    yield (
         f"{'dataset':<12}{'category':<28}{'stands for':<16}{'metric':<17}{'train/val/test':<16}"
         f"{'chance':>7}{'majority':>9}{'distinct':>9}{'tokens':>8}{'most':>5}  labels"
     )
     for name in TABLE:
         s = summary(name)
         labels = " ".join(f"{share:.2f}" for share in s.labels) or "written"
-        print(
+        yield (
             f"{s.name:<12}{s.category:<28}{s.stands_for or '-':<16}{s.metric:<17}"
             f"{'/'.join(str(size) for size in s.sizes.values()):<16}{s.chance:>7.3f}{s.majority:>9.3f}"
             f"{s.distinct:>9.2f}{s.mean_tokens:>8.1f}{s.most_tokens:>5}  {labels}"
@@ -83,9 +84,9 @@ def describe() -> None:
     lengths = [len(TOKEN.findall(text)) + 1 for text in texts]
     mean = sum(lengths) / len(lengths)
     sizes = "/".join(str(size) for size in corpus.SIZES.values())
-    print(
+    yield (
         f"corpus: {sizes} documents (train/validation) of {mean:.1f} tokens, at most {max(lengths)};"
         f" {mean * corpus.SIZES['train'] / 1e6:.1f} M tokens to train on"
     )
     marks = sum(not re.match(r"\w", word) for word in words())
-    print(f"vocabulary: {len(words()) - marks} words, {marks} marks, padding, end and unknown")
+    yield f"vocabulary: {len(words()) - marks} words, {marks} marks, padding, end and unknown"
