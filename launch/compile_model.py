@@ -398,7 +398,11 @@ def _compared(trained: Mapping[str, Any], remat: str) -> str:
 
 def _heading(report: Mapping[str, Any]) -> str:
     mesh = ", ".join(f"{name}={size}" for name, size in report["mesh"].items())
-    work = ", ".join(f"{name} {value:,}" for name, value in report["work"].items())
+    given = {name: value for name, value in report["work"].items() if value not in (None, ())}
+    work = ", ".join(
+        f"{name} {value:,}" if isinstance(value, int) else f"{name} {value}"
+        for name, value in given.items()
+    )
     columns = (
         "program",
         "arguments",
