@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # the library brings jax, which --help does without
     from merging.models.config import DecoderConfig
     from merging.models.decoder import Decoder
     from merging.partitioning import MeshShape
-    from merging.training.optimizer import Averaging
+    from merging.training.optimizer import WeightAveraging
     from merging.training.programs import Work
 
 RUN_FILE = "gin_configs/runs/compile.gin"
@@ -45,12 +45,12 @@ def configured(
     search_paths: Sequence[str] = (".",),
 ) -> gin_config.Resolved:
     """What gin files and bindings say, with the files that the short flags name."""
-    from merging.training.optimizer import Averaging, adafactor, adamw
+    from merging.training.optimizer import WeightAveraging, adafactor, adamw
 
     gin_config.register(compile_model, name="compile_model")
     gin_config.register_methods()
     gin_config.register_models()
-    gin_config.register_values(adamw, adafactor, Averaging)
+    gin_config.register_values(adamw, adafactor, WeightAveraging)
     all_files = list(files) if RUN_FILE in files else [RUN_FILE, *files]
     for folder, name in (("models", model), ("meshes", mesh)):
         all_files += [] if name is None else [f"gin_configs/{folder}/{name}.gin"]
@@ -77,7 +77,7 @@ def compile_model(
     optimizer: optax.GradientTransformation,
     clip_norm: float | None = 1.0,
     frozen: Sequence[str] = (),
-    averaging: Averaging | None = None,
+    averaging: WeightAveraging | None = None,
 ) -> dict[str, Any]:
     """Compiles, prints a table, and returns it as JSON, with what does not fit under `shortfalls`.
 

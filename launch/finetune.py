@@ -51,7 +51,7 @@ def configured(
     """What gin files and bindings say: `settings` of the stage, its `mixtures`, `validation`, `observers`, arguments of `tasks`."""
     import tasks
     from merging.finetune import Settings
-    from merging.training.optimizer import Averaging, adafactor, adamw
+    from merging.training.optimizer import WeightAveraging, adafactor, adamw
 
     gin_config.register(Settings, name="finetune")
     gin_config.register(Mixtures, name="mixtures")
@@ -59,7 +59,7 @@ def configured(
     gin_config.register(Observers, name="observers")
     gin_config.register(tasks.register, name="register")
     gin_config.register_models()
-    gin_config.register_values(adamw, adafactor, Averaging)
+    gin_config.register_values(adamw, adafactor, WeightAveraging)
     gin_config.register_optax()
     gin_config.parse(
         files, bindings, search_paths=search_paths, either={"MIXTURE_OR_TASK_NAME": "MIXTURES"}

@@ -25,6 +25,8 @@ from merging.models.decoder import Decoder, boxed_params
 from merging.models.families import family_of, model_of
 from merging.paths import Stacked, canonical
 
+OWN_EMBEDDING = "token_embedder/embedding"
+
 
 def specs_of(model: Decoder) -> dict[str, LeafSpec]:
     """The leaves of a model's own tree by name, in its order, in the parameters' dtype."""
@@ -41,6 +43,11 @@ def specs_of(model: Decoder) -> dict[str, LeafSpec]:
 def is_huggingface(names: Collection[str]) -> bool:
     """Whether leaves of these names are those of a Hugging Face tree."""
     return any(canonical(name) == canonical(huggingface.EMBEDDING) for name in names)
+
+
+def is_own(names: Collection[str]) -> bool:
+    """Whether leaves of these names are those of our own tree."""
+    return any(canonical(name) == canonical(OWN_EMBEDDING) for name in names)
 
 
 def own_names(reader: Reader, config: DecoderConfig, *, buffer_bytes: int = BUFFER_BYTES) -> Reader:
@@ -103,8 +110,8 @@ def in_tree_of(
     `folders`: of those leaves, and of the reader. Where one is our own tree and the other Hugging Face's, the first of them to say
     what model it is, our own before Hugging Face's, says the sizes.
     """
-    is_wanted = is_huggingface(wanted)
-    if is_wanted != is_huggingface(reader.specs()):
+    found, is_wanted = reader.specs(), is_huggingface(wanted)
+    if is_own(found) if is_wanted else is_own(wanted) and is_huggingface(found):
         config = _config_of(reversed(folders) if is_wanted else folders)
         if isinstance(config, LlamaConfig | Gemma3Config):
             buffer_bytes //= 2

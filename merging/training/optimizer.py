@@ -119,7 +119,7 @@ class Averaged(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Averaging:
+class WeightAveraging:
     """How the weights of a run are averaged.
 
     Attributes:
@@ -132,7 +132,9 @@ class Averaging:
 
     def __post_init__(self) -> None:
         if self.decay is not None and not 0 <= self.decay < 1:
-            raise ValueError(f"Averaging.decay is {self.decay}: it must be in [0, 1), or None")
+            raise ValueError(
+                f"WeightAveraging.decay is {self.decay}: it must be in [0, 1), or None"
+            )
 
     def around(
         self, optimizer: optax.GradientTransformation
@@ -163,7 +165,7 @@ class Averaging:
 
 
 def averaged_params(opt_state: Any) -> Any | None:
-    """The average that the state of an `Averaging` holds; None where there is none."""
+    """The average that the state of an `WeightAveraging` holds; None where there is none."""
     return opt_state.average if isinstance(opt_state, Averaged) else None
 
 

@@ -22,7 +22,7 @@ from merging.engine.programs import Program
 from merging.evaluation.score import Choices, score
 from merging.models.decoder import Cache, Decoder, boxed_params
 from merging.training.batch import Batch
-from merging.training.optimizer import Averaging
+from merging.training.optimizer import WeightAveraging
 from merging.training.trainer import Recipe, Trainer
 
 PROGRAMS = ("train", "score", "prefill", "decode")
@@ -48,7 +48,7 @@ class Work:
     vocabulary_chunks: int = 1
     clip_norm: float | None = 1.0
     frozen: tuple[str, ...] = ()
-    averaging: Averaging | None = None
+    averaging: WeightAveraging | None = None
 
 
 def model_programs(

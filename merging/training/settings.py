@@ -14,7 +14,7 @@ from merging.models import model_file
 from merging.models.config import DecoderConfig
 from merging.partitioning import MeshShape
 from merging.training.feed import Source
-from merging.training.optimizer import Averaging, adamw
+from merging.training.optimizer import WeightAveraging, adamw
 from merging.training.validation import LOWEST
 
 # (regular expression of a parameter's name, name of the checkpoint's leaf or None), see `training.initial`
@@ -103,7 +103,7 @@ class Settings:
     clip_norm: float | None = 1.0
     microbatches: int = 1
     vocabulary_chunks: int = 1
-    averaging: Averaging | None = None
+    averaging: WeightAveraging | None = None
     frozen: Sequence[str] = ()
     experts_at_once: int = 1
     log_every: int = 10

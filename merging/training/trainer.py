@@ -19,7 +19,7 @@ from merging.models.families import model_of
 from merging.paths import of_leaves
 from merging.training.batch import Batch, batch_scores
 from merging.training.loss import LossSums, loss_sums
-from merging.training.optimizer import Averaging, averaged_params, freezing
+from merging.training.optimizer import WeightAveraging, averaged_params, freezing
 from merging.training.settings import Optimizer, Settings
 from merging.training.step import TrainState, init_state, train_step
 
@@ -36,7 +36,7 @@ class Recipe:
     clip_norm: float | None
     microbatches: int
     vocabulary_chunks: int
-    averaging: Averaging | None
+    averaging: WeightAveraging | None
     frozen: tuple[str, ...]
     experts: int | None
 

@@ -80,6 +80,7 @@ def test_gin_and_flags_say_what_is_registered():
         "instruction_tasks": ["sentiment"],
         "rate_cap": 10,
         "prompts": "own",
+        "tasks_module": (),
     }
     with pytest.raises(ValueError, match="nothing uses a macro RATE.* Did you mean RATE_CAP"):
         command.configured([], ["RATE = 10"])

@@ -28,7 +28,7 @@ from merging.models.parameters import read_params
 from merging.partitioning import MeshShape
 from merging.training import planning
 from merging.training.loop import TrainingError
-from merging.training.optimizer import Averaging, adamw
+from merging.training.optimizer import WeightAveraging, adamw
 from merging.training.validation import Validation
 from tests.merging.training import runs
 
@@ -295,8 +295,8 @@ def test_averages_are_those_of_the_steps(tmp_path: pathlib.Path):
     for steps in (1, 2, 3):
         runs.run(tmp_path / str(steps), train_steps=steps)
         each.append(runs.params(tmp_path / str(steps)))
-    runs.run(tmp_path / "mean", train_steps=3, averaging=Averaging(start=1))
-    runs.run(tmp_path / "ema", train_steps=3, averaging=Averaging(decay=0.75))
+    runs.run(tmp_path / "mean", train_steps=3, averaging=WeightAveraging(start=1))
+    runs.run(tmp_path / "ema", train_steps=3, averaging=WeightAveraging(decay=0.75))
     for name, found in runs.params(tmp_path / "mean").items():
         np.testing.assert_allclose(found, (each[1][name] + each[2][name]) / 2, atol=1e-6)
     for name, found in runs.params(tmp_path / "ema").items():

@@ -12,7 +12,7 @@ import pytest
 
 from merging.models.decoder import Decoder
 from merging.training.batch import Batch
-from merging.training.optimizer import Averaging, adafactor, adamw, decays, freezing
+from merging.training.optimizer import WeightAveraging, adafactor, adamw, decays, freezing
 from merging.training.step import init_state, train_step
 from tests.merging.models import families
 
@@ -111,7 +111,7 @@ def test_a_step_of_scanned_layers_is_that_of_unrolled_ones():
     def stepped(model: Decoder, params):
         # Updates are smooth in gradients by this epsilon, where their signs would be noise; and are clipped.
         palms = adafactor(0.1, epsilon=1e-6, clipping_threshold=0.1)
-        optimizer = Averaging().around(freezing(palms, ["token_embedder/*"]))
+        optimizer = WeightAveraging().around(freezing(palms, ["token_embedder/*"]))
         step = functools.partial(train_step, model=model, optimizer=optimizer)
         state, _ = jax.jit(step)(init_state(params, optimizer), BATCH, np.int32(0))
         return state.params

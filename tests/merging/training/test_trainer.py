@@ -16,7 +16,7 @@ from merging.models.families import model_of
 from merging.partitioning import MeshShape
 from merging.training.batch import Batch
 from merging.training.feed import Placement
-from merging.training.optimizer import Averaging
+from merging.training.optimizer import WeightAveraging
 from merging.training.programs import Work, model_programs
 from merging.training.trainer import Trainer, recipe
 from tests.merging.training import runs
@@ -67,7 +67,7 @@ def test_what_is_compiled_for_pods_is_the_step_of_a_run():
     mesh = MeshShape(fsdp=4, model=2).mesh()
     options = {
         "frozen": ("token_embedder/*",),
-        "averaging": Averaging(decay=0.5),
+        "averaging": WeightAveraging(decay=0.5),
         "clip_norm": 0.5,
         "microbatches": 2,
     }
