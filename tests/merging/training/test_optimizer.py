@@ -105,6 +105,7 @@ def test_a_stacked_layer_is_stepped_as_it_would_be_alone():
         np.testing.assert_allclose(stacked[layer], params["kernel"], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_step_of_scanned_layers_is_that_of_unrolled_ones():
     """Without a word from the user, and through what goes around an optimizer."""
 

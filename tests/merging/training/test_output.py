@@ -90,6 +90,7 @@ def outputs(
     return {name: folder / name for name in ("orbax", "safetensors")}
 
 
+@pytest.mark.slow
 def test_safetensors_have_the_bases_names_and_the_runs_numbers(
     base: pathlib.Path, outputs: dict[str, pathlib.Path]
 ):

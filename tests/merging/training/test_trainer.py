@@ -53,6 +53,7 @@ def collectives(shape: MeshShape) -> dict[str, Collective]:
     return figures(lowered.compile()).collectives
 
 
+@pytest.mark.slow
 def test_eight_experts_on_eight_devices_tell_one_another_their_metrics_alone():
     """A number of each: no parameter, gradient or activation leaves its device."""
     found = collectives(MeshShape(experts=8))
