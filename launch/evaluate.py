@@ -141,7 +141,6 @@ def evaluate(
     """Prints configuration and plan, evaluates, and prints the scores; returns the report, None after a dry run."""
     from launch.evaluation import evaluation_tasks
     from merging import evaluate as stage
-    from merging.interrupted import Interrupted
 
     command.quiet_libraries()
     asked = resolved.arguments["settings"]
@@ -155,7 +154,7 @@ def evaluate(
         return None
     gc.freeze()  # what imports made stays out of the collector's way
     shown = Evaluating(models=len(planned.configs), is_shown=is_shown)
-    try:
+    with preemption.ending(shown.log, joined):
         report = stage.run(
             planned,
             config_text=resolved.text,
@@ -163,8 +162,6 @@ def evaluate(
             log=shown.log,
             should_stop=preemption.should_stop(joined),
         )
-    except Interrupted as stopped:
-        preemption.end(stopped, shown.log, joined)
     if is_shown:
         print(described(report, planned), flush=True)
     return report

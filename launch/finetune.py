@@ -82,7 +82,6 @@ def finetune(
 ) -> Report | None:
     """Prints configuration and plan, trains, and prints the report, which it returns; None after a dry run."""
     from merging import finetune as stage
-    from merging.interrupted import Interrupted
 
     command.quiet_libraries()
     settings, asked = resolved.arguments["settings"], resolved.arguments["mixtures"]
@@ -108,7 +107,7 @@ def finetune(
             shown(name, step, values)
             write(name, step, values)
 
-        try:
+        with preemption.ending(shown.log, joined):
             report = stage.run(
                 planned,
                 config_text=resolved.text,
@@ -117,8 +116,6 @@ def finetune(
                 should_stop=lambda step: is_asked(),
                 trace=trace,
             )
-        except Interrupted as stopped:
-            preemption.end(stopped, shown.log, joined)
     if is_shown:
         print(report.describe(), flush=True)
     return report

@@ -142,7 +142,6 @@ def merge(
 ) -> Report | None:
     """Prints configuration and plan, merges, and prints the report, which it returns; None after a dry run."""
     from merging import merge as stage
-    from merging.interrupted import Interrupted
 
     is_shown = joined.index == 0
     should_stop = preemption.should_stop_soon(joined)
@@ -156,17 +155,17 @@ def merge(
         planned.close()
         return None
     gc.freeze()  # what imports made stays: a collection that walks it takes as long as ten pieces
-    with progress.Progress(is_shown=is_shown) as shown:
-        try:
-            report = stage.run(
-                planned,
-                config_text=resolved.text,
-                progress=shown,
-                log=shown.log,
-                should_stop=should_stop,
-            )
-        except Interrupted as stopped:
-            preemption.end(stopped, shown.log, joined)
+    with (
+        progress.Progress(is_shown=is_shown) as shown,
+        preemption.ending(shown.log, joined),
+    ):
+        report = stage.run(
+            planned,
+            config_text=resolved.text,
+            progress=shown,
+            log=shown.log,
+            should_stop=should_stop,
+        )
     if is_shown:
         print(report.describe(), flush=True)
     return report

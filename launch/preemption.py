@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import signal
 import time
-from collections.abc import Callable
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from launch import devices, exit_codes
 
@@ -47,10 +48,16 @@ def should_stop_soon(joined: devices.Processes) -> Callable[[], bool]:
     return asked
 
 
-def end(stopped: Exception, log: Callable[[str], None], joined: devices.Processes) -> NoReturn:
-    """Says that a run was `stopped`, and ends this process."""
-    log(f"{stopped}, as SIGTERM asked: the same command goes on from there")
-    devices.end(exit_codes.PREEMPTED, joined)
+@contextlib.contextmanager
+def ending(log: Callable[[str], None], joined: devices.Processes) -> Iterator[None]:
+    """Ends this process, saying so, where what runs within was asked to stop."""
+    from merging.interrupted import Interrupted  # brings jax, which --help does without
+
+    try:
+        yield
+    except Interrupted as stopped:
+        log(f"{stopped}, as SIGTERM asked: the same command goes on from there")
+        devices.end(exit_codes.PREEMPTED, joined)
 
 
 def _is_agreed(number: int) -> bool:

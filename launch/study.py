@@ -157,7 +157,6 @@ def study(
 ) -> None:
     """Prints the study, makes what is missing, and says where the report is."""
     from merging import study as stage
-    from merging.interrupted import Interrupted
 
     command.quiet_libraries()
     is_shown = joined.index == 0
@@ -171,22 +170,21 @@ def study(
     shown = Studying(is_shown=is_shown)
     phases = resolved.arguments["run"].phases
     try:
-        report = stage.run(
-            planned,
-            phases=[phase for phase in phases if phase in stage.PHASES],
-            worker=worker,
-            num_workers=num_workers,
-            config_text=resolved.text,
-            progress=shown,
-            log=shown.log,
-            write_metrics=shown.metrics,
-            should_stop=preemption.should_stop(joined),
-        )
+        with preemption.ending(shown.log, joined):
+            report = stage.run(
+                planned,
+                phases=[phase for phase in phases if phase in stage.PHASES],
+                worker=worker,
+                num_workers=num_workers,
+                config_text=resolved.text,
+                progress=shown,
+                log=shown.log,
+                write_metrics=shown.metrics,
+                should_stop=preemption.should_stop(joined),
+            )
         is_reported = "report" in phases and worker == 0
         if is_reported:
             stage.check_done(planned)
-    except Interrupted as stopped:
-        preemption.end(stopped, shown.log, joined)
     except stage.InputMissing as missing:
         shown.log(f"Error: {missing}")
         devices.end(exit_codes.INPUT_MISSING, joined)

@@ -311,7 +311,7 @@ def _as_own(
     """The reader in the model's own tree, and what model.json says of that."""
     described = _described(layout, folder, "scan_layers")
     reader = as_model(reader, described.config, buffer_bytes=buffer_bytes)
-    stored = reader.specs()["token_embedder/embedding"].dtype.name
+    stored = reader.specs()[huggingface.OWN_EMBEDDING].dtype.name
     config = dataclasses.replace(described.config, param_dtype=dtype or stored)
     stacked = model_file.stacked_of(config)
     return reader, dataclasses.replace(described, config=config, stacked=stacked)

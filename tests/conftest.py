@@ -64,6 +64,13 @@ UNOPTIMIZED = tuple(
 OPTIMIZED = ("test_real_models.py", "test_real_evaluation.py")
 
 
+@pytest.fixture(scope="module")
+def optax_promotes() -> Iterator[None]:
+    """optax raises float numbers to the power of a count."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Flags are parsed as an entry point would parse an empty command line."""
     if not flags.FLAGS.is_parsed():

@@ -110,10 +110,7 @@ def check_writable(
     Raises ValueError for what the format can't hold, as `open_writer` does, and CheckpointError for files that can't go along.
     """
     if name == "safetensors":
-        if optimizer_state != "drop":
-            raise ValueError(
-                "safetensors files hold parameters only: choose FORMAT='orbax' or 't5x', or OPTIMIZER_STATE='drop'"
-            )
+        _refuse_state(optimizer_state)
         safetensors.check(specs, shard_bytes=shard_bytes, carry_from=carry_from, config_dtype=dtype)
         return {}
     like = like if isinstance(like, TreeReader) else None
@@ -148,15 +145,6 @@ def open_writer(
 
     Processes share a folder: all others commit before process 0 does. Raises ValueError for what the format can't hold.
     """
-    check_writable(
-        name,
-        specs,
-        like=like,
-        carry_from=carry_from,
-        shard_bytes=shard_bytes,
-        dtype=dtype,
-        optimizer_state=optimizer_state,
-    )
     if name != "safetensors":
         carried = carried_files(carry_from, dtype) if process_index == 0 else {}
         writer = FORMATS[name](
@@ -170,6 +158,7 @@ def open_writer(
         )
         writer.carry(carried)
         return writer
+    _refuse_state(optimizer_state)
     # Shards are what processes share out among themselves, so there must be enough of them.
     total = sum(spec.nbytes for spec in specs.values())
     shard_bytes = min(shard_bytes, max(1, -(-total // process_count)))
@@ -184,3 +173,11 @@ def open_writer(
         config_dtype=dtype,
         is_resumed=is_resumed,
     )
+
+
+def _refuse_state(optimizer_state: str) -> None:
+    """Of safetensors."""
+    if optimizer_state != "drop":
+        raise ValueError(
+            "safetensors files hold parameters only: choose FORMAT='orbax' or 't5x', or OPTIMIZER_STATE='drop'"
+        )

@@ -19,7 +19,8 @@ from merging.checkpoints.safetensors_header import load_json, refuse, show
 from merging.checkpoints.storage import put_file, small_file
 from merging.models.config import Gemma3Config, LlamaConfig
 
-EMBEDDING = "model.embed_tokens.weight"  # every model has it, under this name
+# Every model has it, under this name there and that one here.
+EMBEDDING, OWN_EMBEDDING = "model.embed_tokens.weight", "token_embedder/embedding"
 
 
 def read_config(folder: epath.PathLike, **changes: Any) -> LlamaConfig | Gemma3Config:
@@ -82,7 +83,7 @@ def layout(config: LlamaConfig | Gemma3Config) -> Layout:
         for theirs, ours in norms.items()
     )
     single = (
-        Rule(EMBEDDING, "token_embedder/embedding"),
+        Rule(EMBEDDING, OWN_EMBEDDING),
         Rule("lm_head.weight", "token_embedder/readout"),
         Rule("model.norm.weight", "final_norm/scale"),
     )

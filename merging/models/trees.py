@@ -25,8 +25,6 @@ from merging.models.decoder import Decoder, boxed_params
 from merging.models.families import family_of, model_of
 from merging.paths import Stacked, canonical
 
-OWN_EMBEDDING = "token_embedder/embedding"
-
 
 def specs_of(model: Decoder) -> dict[str, LeafSpec]:
     """The leaves of a model's own tree by name, in its order, in the parameters' dtype."""
@@ -42,12 +40,12 @@ def specs_of(model: Decoder) -> dict[str, LeafSpec]:
 
 def is_huggingface(names: Collection[str]) -> bool:
     """Whether leaves of these names are those of a Hugging Face tree."""
-    return any(canonical(name) == canonical(huggingface.EMBEDDING) for name in names)
+    return canonical(huggingface.EMBEDDING) in map(canonical, names)
 
 
 def is_own(names: Collection[str]) -> bool:
     """Whether leaves of these names are those of our own tree."""
-    return any(canonical(name) == canonical(OWN_EMBEDDING) for name in names)
+    return canonical(huggingface.OWN_EMBEDDING) in map(canonical, names)
 
 
 def own_names(reader: Reader, config: DecoderConfig, *, buffer_bytes: int = BUFFER_BYTES) -> Reader:

@@ -58,10 +58,11 @@ settings = merge.Settings(
     methods=SETTINGS,
     shard_bytes=4_000,
 )
-try:
-    report = merge.run(merge.plan(settings), log=said.append, should_stop=should_stop)
-except Interrupted as stopped:
-    (folder / f"stopped_{joined.index}").touch()
-    preemption.end(stopped, print, joined)
+with preemption.ending(print, joined):
+    try:
+        report = merge.run(merge.plan(settings), log=said.append, should_stop=should_stop)
+    except Interrupted:
+        (folder / f"stopped_{joined.index}").touch()
+        raise
 told = {"pieces": report.pieces, "kept": report.pieces_resumed, "said": said, "reads": report.reads}
 (folder / f"report_{joined.index}.json").write_text(json.dumps(told))

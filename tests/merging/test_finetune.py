@@ -8,7 +8,6 @@ import json
 import pathlib
 import shutil
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -32,18 +31,13 @@ from merging.training.optimizer import WeightAveraging, adamw
 from merging.training.validation import Validation
 from tests.merging.training import runs
 
+pytestmark = pytest.mark.usefixtures("optax_promotes")
+
 MESHES = {
     "data": MeshShape(data=8),
     "fsdp_model": MeshShape(fsdp=4, model=2),
     "all": MeshShape(data=2, fsdp=2, model=2),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def optax_promotes() -> Iterator[None]:
-    """optax raises float numbers to the power of a count."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import pathlib
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import flax.traverse_util
@@ -37,6 +36,8 @@ from merging.study_models import SHARE_OF_MEMORY, StudyModels
 from merging.training.optimizer import adamw
 from tests.merging.evaluation.test_evaluator import TASKS
 from tests.merging.training import runs
+
+pytestmark = pytest.mark.usefixtures("optax_promotes")
 
 CATEGORIES = {
     "ones": Category(
@@ -117,13 +118,6 @@ def scores(output: pathlib.Path) -> dict[str, Any]:
         lines = [dataclasses.replace(s, seconds=0.0) for s in ScoresFile(path).scores]
         found[str(path.parent.relative_to(output))] = [line.line() for line in lines]
     return found
-
-
-@pytest.fixture(scope="module", autouse=True)
-def optax_promotes() -> Iterator[None]:
-    """optax raises float numbers to the power of a count."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 @pytest.fixture(scope="module")

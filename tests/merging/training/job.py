@@ -17,12 +17,11 @@ def main(output: str, changes: str, mesh: str) -> None:
     joined = devices.processes(os.environ)
     devices.start(joined)
     print(f"pid {os.getpid()}", flush=True)
-    from merging.interrupted import Interrupted
     from merging.partitioning import MeshShape
     from tests.merging.training import runs
 
     is_asked = preemption.should_stop(joined)
-    try:
+    with preemption.ending(print, joined):
         runs.run(
             pathlib.Path(output),
             mesh=MeshShape(**json.loads(mesh)),
@@ -31,8 +30,6 @@ def main(output: str, changes: str, mesh: str) -> None:
             log=lambda text: print(text, flush=True),
             **json.loads(changes),
         )
-    except Interrupted as stopped:
-        preemption.end(stopped, print, joined)
     print("whole", flush=True)
 
 

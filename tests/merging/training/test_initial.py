@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pathlib
 import shutil
-from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -14,12 +13,7 @@ from merging.checkpoints.format import CheckpointError
 from merging.training import initial
 from tests.merging.training import runs
 
-
-@pytest.fixture(scope="module", autouse=True)
-def optax_promotes() -> Iterator[None]:
-    """optax raises float numbers to the power of a count."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("optax_promotes")
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -21,6 +20,8 @@ from merging.models.parameters import read_params
 from merging.partitioning import MeshShape
 from tests.merging.checkpoints.trees_common import read_all
 from tests.merging.training import runs
+
+pytestmark = pytest.mark.usefixtures("optax_promotes")
 
 E, M, HEADS, KV, D = 16, 24, 4, 2, 4
 CONFIG = {
@@ -51,13 +52,6 @@ LAYER = {
     "mlp.up_proj": (M, E),
     "mlp.down_proj": (E, M),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def optax_promotes() -> Iterator[None]:
-    """optax raises float numbers to the power of a count."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 @pytest.fixture(scope="module")

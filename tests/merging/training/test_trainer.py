@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -21,14 +20,9 @@ from merging.training.programs import Work, model_programs
 from merging.training.trainer import Trainer, recipe
 from tests.merging.training import runs
 
+pytestmark = pytest.mark.usefixtures("optax_promotes")
+
 EXPERTS = 8
-
-
-@pytest.fixture(scope="module", autouse=True)
-def optax_promotes() -> Iterator[None]:
-    """optax raises float numbers to the power of a count."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def collectives(shape: MeshShape) -> dict[str, Collective]:
