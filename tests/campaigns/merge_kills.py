@@ -69,7 +69,8 @@ METHODS: dict[str, Method] = {
 ALL = "all"  # of them, from one read
 CONVERT = "convert"
 KINDS = (*METHODS, ALL, CONVERT)
-FORMATS_HERE = (*FORMATS, "orbax_zarr")
+ORBAX_ZARR = "orbax_zarr"  # arrays in folders of their own, as older checkpoints have them
+FORMATS_HERE = (*FORMATS, ORBAX_ZARR)
 IN_DATABASE = ("orbax", "t5x_orbax")
 IN_HEADER = ("model/scalar",)  # of T5X: kept in memory until the file of all metadata is written
 
@@ -175,7 +176,10 @@ def _job(case: Case, folder: pathlib.Path, inputs: Mapping[str, Any], cache: str
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    FORMATS["orbax_zarr"] = functools.partial(orbax.Writer, storage="zarr")
+    format = case.format
+    if format == ORBAX_ZARR:
+        FORMATS["orbax"] = functools.partial(orbax.Writer, storage="zarr")
+        format = "orbax"
     pieces.PIECE_ELEMENTS = convert.PIECE_ELEMENTS = PIECE_ELEMENTS
     tree_writer.BATCH_BYTES = BATCH_BYTES
     workers.SECONDS_BETWEEN_REPORTS = 0.001
@@ -210,7 +214,7 @@ def _job(case: Case, folder: pathlib.Path, inputs: Mapping[str, Any], cache: str
         settings = convert.Settings(
             input=inputs["base"],
             output_dir=folder / "out",
-            format=case.format,
+            format=format,
             shard_bytes=SHARD_BYTES,
         )
         convert.run(convert.plan(settings), **options)
@@ -221,7 +225,7 @@ def _job(case: Case, folder: pathlib.Path, inputs: Mapping[str, Any], cache: str
                 **inputs,
                 **which,
                 output_dir=folder / "out",
-                format=case.format,
+                format=format,
                 shard_bytes=SHARD_BYTES,
             )
         )
