@@ -22,6 +22,7 @@ from absl import flags
 
 from launch import command, devices, exit_codes, gin_config, preemption
 from launch.chips import CHIPS
+from launch.phases import PHASES, REPORT
 from launch.progress import Studying
 from launch.study_data import Sources, check_mixtures, study_data
 
@@ -59,18 +60,15 @@ class Run:
     phase: str | None = None
 
     def __post_init__(self) -> None:
-        if self.phase not in (None, *EVERY_PHASE):
+        if self.phase not in (None, *PHASES):
             raise ValueError(
-                f"PHASE is {self.phase!r}: it is one of {', '.join(EVERY_PHASE)}, or None for all"
+                f"PHASE is {self.phase!r}: it is one of {', '.join(PHASES)}, or None for all"
             )
 
     @property
     def phases(self) -> tuple[str, ...]:
         """In their order."""
-        return EVERY_PHASE if self.phase is None else (self.phase,)
-
-
-EVERY_PHASE = ("bases", "experts", "cells", "report")
+        return PHASES if self.phase is None else (self.phase,)
 
 
 def main(joined: devices.Processes) -> None:
@@ -162,7 +160,7 @@ def study(
     is_shown = joined.index == 0
     planned = plan(resolved)
     check_mixtures(planned.mixtures, resolved.arguments["tasks"])
-    if is_shown:
+    if is_shown and worker == 0:
         print(f"{planned.describe()}\n", flush=True)
     if is_dry_run:
         return
@@ -182,7 +180,7 @@ def study(
                 write_metrics=shown.metrics,
                 should_stop=preemption.should_stop(joined),
             )
-        is_reported = "report" in phases and worker == 0
+        is_reported = REPORT in phases and worker == 0
         if is_reported:
             stage.check_done(planned)
     except stage.InputMissing as missing:

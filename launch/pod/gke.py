@@ -23,12 +23,11 @@ from typing import Any
 import yaml
 from absl import flags
 
-from launch import exit_codes, gin_config
+from launch import exit_codes, gin_config, phases
 from launch.pod import settings
 from launch.pod.programs import ATTEMPTS, ProgramFailed, Programs
 
 VERBS = ("submit", "wait", "logs", "status", "delete")
-PHASES = ("bases", "experts", "cells", "report")  # launch.study's, in order
 CONTAINER = "main"
 POLL_S = 30.0
 GRACE_S = 120  # between SIGTERM and SIGKILL: a checkpoint is written meanwhile
@@ -121,19 +120,16 @@ def study(pod: settings.Pod, command: Sequence[str], workers: int) -> dict[str, 
             f"MESH joins {pod.mesh.slices} slices, and a study's workers have one each: choose the mesh of one slice"
         )
     jobs: list[dict[str, Any]] = []
-    for phase in PHASES:
-        is_report = phase == "report"
+    for phase in phases.PHASES:
+        is_report = phase == phases.REPORT
         each = [
             # GKE has all replicas of a job join as slices of one program, which these are not.
             *("env", *(f"--unset=MEGASCALE_{name}" for name in MEGASCALE)),
             *map(_literal, command),
-            f"--gin.PHASE='{phase}'",
-            f"--worker={0 if is_report else _INDEX}",
-            f"--num_workers={1 if is_report else workers}",
+            *phases.flags_of(phase, _INDEX, workers),
         ]
-        job = _replicated_job(
-            pod, phase, each, replicas=1 if is_report else workers, has_tpu=not is_report
-        )
+        replicas = phases.workers_of(phase, workers)
+        job = _replicated_job(pod, phase, each, replicas=replicas, has_tpu=not is_report)
         if jobs:
             job["dependsOn"] = [{"name": jobs[-1]["name"], "status": "Complete"}]
         jobs.append(job)

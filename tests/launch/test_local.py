@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from launch import phases
 from launch.pod import local
 
 # Guards against a hang; nothing waits for it.
@@ -113,3 +114,39 @@ def test_the_command_exits_with_an_error_that_names_the_process():
     done = subprocess.run([*command, "/no/such/program"], capture_output=True, text=True)
     assert done.returncode == 1
     assert "/no/such/program can't be started" in done.stderr
+
+
+def test_workers_share_each_phase_of_a_study():
+    """Each on cores of its own, the report by one, and no phase before the one before has ended."""
+    code = "import os, sys; print(sys.argv[1:], sorted(os.sched_getaffinity(0)))"
+    echoed: list[str] = []
+    local.run_workers(
+        [sys.executable, "-c", code], workers=2, timeout_s=TIMEOUT_S, echo=echoed.append
+    )
+    cores = local.shares(2)
+    told = [
+        f"[{worker}] {phases.flags_of(phase, worker, 2)} {sorted(mine or os.sched_getaffinity(0))}"
+        for phase in ("bases", "experts", "cells")
+        for worker, mine in enumerate(cores)
+    ]
+    told.append(f"[0] {phases.flags_of('report', 0, 2)} {sorted(os.sched_getaffinity(0))}")
+    assert told[-1].startswith("""[0] ["--gin.PHASE='report'", '--worker=0', '--num_workers=1']""")
+    order = [sorted(echoed[i : i + 2]) for i in range(0, len(echoed), 2)]
+    assert order == [told[i : i + 2] for i in range(0, len(told), 2)]
+
+
+def test_a_worker_that_fails_ends_the_phase_and_those_behind_it():
+    code = "import sys; print(sys.argv[1]); sys.exit(3 * ('experts' in sys.argv[1] and '--worker=1' in sys.argv))"
+    echoed: list[str] = []
+    with pytest.raises(local.ProcessFailed, match="process 1 failed: exit code 3"):
+        local.run_workers(
+            [sys.executable, "-c", code], workers=2, timeout_s=TIMEOUT_S, echo=echoed.append
+        )
+    assert not any("cells" in line for line in echoed)
+
+
+def test_cores_are_shared_out(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 2, 4, 6, 7})
+    assert local.shares(2) == [{0, 2}, {4, 6, 7}]
+    assert local.shares(1) == [{0, 2, 4, 6, 7}]
+    assert local.shares(6) == [None] * 6

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from launch import exit_codes, study
+from launch import exit_codes
 from launch.pod import gke
 from launch.pod.programs import ProgramFailed, Programs
 from tests.launch.pod.test_tpu_vm import QUOTED
@@ -64,10 +64,6 @@ def test_a_study_goes_phase_by_phase_its_workers_apart(make_pod):
     assert command[-len(STUDY) - 3 :] == [*STUDY, *asked]
     assert run_as(jobs[3], 0)[-2:] == ["--worker=0", "--num_workers=1"]
     assert "resources" not in container(jobs[3])
-
-
-def test_phases_are_the_studys():
-    assert gke.PHASES == study.EVERY_PHASE
 
 
 def test_a_study_on_joined_slices_is_refused(make_pod):
