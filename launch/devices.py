@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 from absl import flags
 
-from launch import exit_codes, watchdog
+from launch import allocation, exit_codes, watchdog
 
 # Process 0 may start minutes after the others on a cluster; beyond this somebody is not coming.
 INITIALIZATION_TIMEOUT_S = 300
@@ -102,6 +102,7 @@ class Processes:
 
 def start_from_flags() -> Processes:
     """`start`, as the flags, the environment or the cluster say."""
+    allocation.keep_freed_memory()  # before jax starts threads
     os.environ.update(platform_environment(os.environ))  # before a cluster is asked for, by jax
     joined = processes(
         os.environ,
