@@ -20,6 +20,7 @@ INSTALL_REQUIRES = [
     "tensorstore>=0.1.86",
     "msgpack>=1.2",  # T5X's files are written by it; read without, since it would take memory for all arrays
     "crc32c>=2.7",  # in hardware and without Python's lock, which google-crc32c holds
+    "scipy>=1.17",  # the fit of the scaling law, where nothing may be negative
     "matplotlib>=3.11",  # figures of reports; imported by merging/reporting/figures.py when it draws
     # Entry points.
     "absl-py>=2.5.1",

@@ -1,7 +1,7 @@
 """The scaling law of merging: E[L | size, k] = L* + B size^-beta + A / (k + b), with L the cross-entropy (arXiv 2509.24244).
 
 Fitted on few experts, it forecasts the losses of many. Given beta and b the law is linear in L*, B and A, so a search over those two is
-all there is: a lattice, refined about its best point until it is finer than the data. With fewer than three sizes the law's
+all there is: a lattice, refined about its best point until it is finer than the data. No loss is below 0, so neither are L* and B. With fewer than three sizes the law's
 part of size can't be told from a floor of each size, so each size gets a floor of its own; the forecast over k is the same.
 """
 
@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+from scipy.optimize import nnls
 
 from merging.grid.results import Results
 from merging.grid.study_file import HELD_IN, expert
@@ -145,9 +146,10 @@ def fit(measured: Sequence[Point]) -> Law:
 
     def solve(beta: float, offset: float) -> tuple[float, np.ndarray]:
         """(squared error, coefficients) of the law, which is linear once these are known."""
-        columns = np.concatenate([floor_columns(beta), 1 / (k + offset)[:, None]], axis=1)
-        coefficients = np.linalg.lstsq(columns, loss, rcond=None)[0]
-        return float(np.square(columns @ coefficients - loss).sum()), coefficients
+        over_k = 1 / (k + offset)[:, None]
+        columns = np.concatenate([floor_columns(beta), over_k, -over_k], axis=1)
+        (*floor, rising, falling), error = nnls(columns, loss)
+        return error**2, np.array([*floor, rising - falling])
 
     betas = _BETAS if has_sizes else (1.0, 1.0)
     beta, offset = _least(lambda *at: solve(*at)[0], betas, _OFFSETS)

@@ -36,6 +36,20 @@ def test_it_forecasts_more_experts(sizes: tuple[str, ...]):
     assert (found.law.exponent is None) == (len(sizes) < 3)
 
 
+def test_no_floor_is_below_nothing():
+    """A straight line in k, which b beyond its bound would fit best over a limit far below 0; and its losses rise or fall."""
+    for slope in (-0.5, 0.1):
+        line = [
+            Point(size=s, parameters=n, k=k, loss=3 + slope * (k - 1))
+            for s, n in PARAMETERS.items()
+            for k in (1, 2, 4)
+        ]
+        found = fit(line)
+        assert found.limit >= 0
+        assert all(floor >= 0 for floor in found.floors.values())
+        assert (found.gain > 0) == (slope < 0)
+
+
 def test_losses_of_a_study_are_averaged_over_distinct_models():
     world = World(
         merged=lambda s, b, m, n, seed, d: 1.0,
