@@ -161,8 +161,8 @@ def test_a_full_disk_is_named(tmp_path):
     sink.abandon()
 
 
-def test_a_file_that_can_not_be_made_is_named(path):
-    path = path / "in" / "no" / "folder"
+def test_a_file_that_can_not_be_made_is_named(tmp_path):
+    path = tmp_path / "in" / "no" / "folder"
     with pytest.raises(FileNotFoundError, match=f"No such file or directory: '{path}'"):
         ByteSink(path)
 
