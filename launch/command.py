@@ -20,6 +20,16 @@ def run(main: Callable[[devices.Processes], None]) -> None:
     app.run(lambda argv: _main(main, argv), flags_parser=_parse_flags)
 
 
+def _tell_retries(joined: devices.Processes) -> None:
+    from merging.checkpoints.storage import retried_requests
+
+    if count := retried_requests():
+        by = f" of {joined.name}" if joined.count > 1 else ""
+        print(
+            f"{count:,} requests{by} to object storage failed and were made again", file=sys.stderr
+        )
+
+
 def quiet_libraries() -> None:
     """seqio and Orbax tell of each of their steps: only their warnings are shown, unless --verbosity asks for more."""
     if logging.get_verbosity() == logging.INFO:
@@ -40,6 +50,7 @@ def _main(main: Callable[[devices.Processes], None], argv: Sequence[str]) -> Non
     try:
         joined = devices.start_from_flags()
         main(joined)
+        _tell_retries(joined)
     except (ValueError, OSError) as error:
         if logging.get_verbosity() >= logging.DEBUG:
             traceback.print_exc()

@@ -297,6 +297,10 @@ def platform_environment(environment: Mapping[str, str]) -> dict[str, str]:
     if _has_module("gcsfs"):
         # Else epath reads gs:// through TensorFlow where that is installed, which brings it in and knows no emulator.
         added["EPATH_USE_TF"] = environment.get("EPATH_USE_TF", "false")
+    # tensorstore's requests to object storage wait for ever by themselves; so many seconds without a byte are a failure.
+    for name, value in (("TIME_SECONDS", "60"), ("LIMIT_BYTES", "1")):
+        name = f"TENSORSTORE_CURL_LOW_SPEED_{name}"
+        added[name] = environment.get(name, value)
     devices = virtual_devices(environment)
     if devices > 1:
         threads = max(

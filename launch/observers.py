@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+from etils import epath
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class Observers:
             if name not in writers:
                 from clu import metric_writers  # here, since it brings TensorFlow
 
-                folder = pathlib.PurePath(self.tensorboard_dir, name)
+                folder = epath.Path(self.tensorboard_dir) / name  # in a bucket too
                 writers[name] = metric_writers.SummaryWriter(str(folder))
             writers[name].write_scalars(step, values)
 

@@ -33,6 +33,7 @@ from merging.checkpoints.storage import (
     is_local,
     put_file,
     put_whole,
+    retried_requests,
     small_file,
     sync,
     temporary_files,
@@ -133,7 +134,8 @@ class Staging:
         if (self.folder / MARKER).exists():
             self._clear()
             (self.folder / MARKER).unlink(missing_ok=True)
-            self.folder.rmdir()
+            if is_local(self.folder):  # a bucket knows no empty folders
+                self.folder.rmdir()
             self.close()
 
     def close(self) -> None:
@@ -385,11 +387,15 @@ def code_digest() -> str:
 
 
 def provenance(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """What every manifest says: the stage, when (ISO 8601, UTC) and where it ran, and what `is_done` compares."""
+    """What every manifest says: the stage, when (ISO 8601, UTC) and where it ran, and what `is_done` compares.
+
+    `storage_retries`: requests to object storage that this process, since it began, made again because they failed.
+    """
     return {
         "stage": identity["stage"],
         "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "environment": environment(),
         "identity": dict(identity),
         "identity_digest": digest(identity),
+        "storage_retries": retried_requests(),
     }

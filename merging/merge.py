@@ -22,6 +22,7 @@ from etils import epath
 from merging import manifest
 from merging.checkpoints import open_writer
 from merging.checkpoints.format import LeafSpec, Writer
+from merging.checkpoints.storage import retried_requests
 from merging.engine import hosts, journal
 from merging.engine.groups import group_by_scale
 from merging.engine.journal import Journal
@@ -359,7 +360,9 @@ class _Run:
         """Gathers what all hosts know, writes statistics and manifests, and lets the output appear."""
         plan = self.plan
         recorded = hosts.gather_json({name: each.recorded() for name, each in outputs.each.items()})
-        counts = hosts.combine(np.array([self.pieces, self.pieces_resumed], np.int64))
+        counts = hosts.combine(
+            np.array([self.pieces, self.pieces_resumed, retried_requests()], np.int64)
+        )
         statistics = hosts.gather_json(
             {name: s.to_vector().tolist() for name, s in statistics.items()}
         )
@@ -373,6 +376,7 @@ class _Run:
                 **self._provenance(),
                 "pieces": int(counts[0]),
                 "pieces_resumed": int(counts[1]),
+                "storage_retries": int(counts[2]),
                 "config": config_text,
             }
             for number, (name, method) in enumerate(plan.merges.items()):

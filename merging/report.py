@@ -366,7 +366,7 @@ def _check_output(output: epath.Path) -> None:
     if not output.is_dir():
         raise manifest.OutputError(f"{output} is a file: move it away or choose another OUTPUT_DIR")
     before = manifest.read(output)
-    if before is None and any(output.iterdir()):
+    if before is None and any(output.iterdir()) and not (output / manifest.MARKER).exists():
         raise manifest.OutputError(
             f"{output} holds something that is no report (it has no {manifest.MANIFEST}): nothing in it is touched; choose another"
             " OUTPUT_DIR"
@@ -379,10 +379,12 @@ def _check_output(output: epath.Path) -> None:
 
 def _put(output: epath.Path, files: Mapping[str, bytes], study_dir: epath.Path) -> None:
     """All files, in place of what is there."""
-    # Two may run at once. A bucket knows no renaming: there the manifest, put last, makes a report of the files.
+    # Two may run at once. A bucket knows no renaming: there the manifest, put last, makes a report of the files, and a marker
+    # says until then that they are ours.
     making = output.parent / f"{output.name}.partial.{os.getpid()}" if is_local(output) else output
     before = output.parent / f"{output.name}.before.{os.getpid()}"
-    for name, content in files.items():
+    marker = {} if is_local(output) or manifest.read(output) else {manifest.MARKER: b"{}"}
+    for name, content in (marker | files).items():
         path = making / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
@@ -396,6 +398,7 @@ def _put(output: epath.Path, files: Mapping[str, bytes], study_dir: epath.Path) 
         },
     )
     if not is_local(output):
+        (output / manifest.MARKER).unlink(missing_ok=True)
         return
     sync(making)
     if output.exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import http.client
 import http.server
@@ -20,6 +21,9 @@ import pytest
 from launch.pod import local
 
 BUCKET = "bucket"
+
+# What a line does to a request instead of carrying it: it breaks, or stays silent.
+BREAK, STALL = 0, -1
 
 
 class Store:
@@ -71,6 +75,11 @@ class Store:
         url = f"http://{self.address}/upload/storage/v1/b/{BUCKET}/o?uploadType=media&name={quoted}"
         urllib.request.urlopen(urllib.request.Request(url, content, method="POST")).close()
 
+    def delete(self, name: str) -> None:
+        """An object, as any client does it."""
+        url = f"http://{self.address}/storage/v1/b/{BUCKET}/o/{urllib.parse.quote(name, safe='')}"
+        urllib.request.urlopen(urllib.request.Request(url, method="DELETE")).close()
+
     def put_folder(self, name: str, folder: pathlib.Path) -> None:
         """All files of a folder, below a name."""
         for path in folder.rglob("*"):
@@ -100,13 +109,16 @@ class BrokenLine:
 
     Args:
       store: behind it.
-      fault: (number of the request) -> None, a status to answer with, or 0 to break the connection.
+      fault: (number of the request) -> None, a status to answer with, BREAK or STALL.
+
+    Attributes:
+      faults: how many so far, by what was done.
     """
 
     def __init__(self, store: Store, fault: Callable[[int], int | None]):
         lock, count = threading.Lock(), iter(range(10**9))
         line = self
-        self.faults = 0
+        self.faults: collections.Counter[int] = collections.Counter()
 
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
@@ -115,8 +127,11 @@ class BrokenLine:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 with lock:
                     status = fault(next(count))
-                    line.faults += status is not None
-                if status == 0:
+                    if status is not None:
+                        line.faults[status] += 1
+                if status in (BREAK, STALL):
+                    if status == STALL:
+                        self.connection.recv(1)  # until the client goes
                     self.close_connection = True
                     self.connection.close()
                     return

@@ -14,12 +14,13 @@ from collections.abc import Iterable, Iterator
 from etils import epath
 
 from merging.checkpoints.format import CheckpointError
-from merging.checkpoints.storage import is_local, read_remote
+from merging.checkpoints.storage import is_local, list_remote, read_remote
 
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """What tells whether a file is the one that was seen: size in bytes, modification time in ns, inode (0 in a bucket)."""
+    """What tells whether a file is the one that was seen: size in bytes, modification time in ns, inode (in a bucket the
+    generation, another number whenever an object is written)."""
 
     size: int
     mtime_ns: int
@@ -91,16 +92,27 @@ class Folder:
             )
 
     def check(self, files: Iterable[str]) -> None:
-        """Raises CheckpointError unless these files are as they were when the folder was opened."""
+        """Raises CheckpointError unless these files are as they were when the folder was opened; not looked at in a bucket."""
         if self.is_local:
             for file in files:
                 name = f"{self._root}/{file}"
                 try:
-                    self._compare(name, file, os.lstat(name))
+                    self._compare(name, file, _identity(os.lstat(name)))
                 except FileNotFoundError:
                     raise CheckpointError(
                         f"{name}: the file vanished since it was opened"
                     ) from None
+
+    def check_all(self) -> None:
+        """`check` of every file, in a bucket too, where it is one listing."""
+        if self.is_local:
+            self.check(self.files)
+            return
+        now = dict(self._scan())
+        for file in self.files:
+            if file not in now:
+                raise CheckpointError(f"{self._root}/{file}: the file vanished since it was opened")
+            self._compare(f"{self._root}/{file}", file, now[file])
 
     def _read_local(self, name: str, blob: Blob, offset: int, buffer: memoryview) -> int:
         descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -112,13 +124,13 @@ class Folder:
                     break
                 done += count
             # After the read: a change before it or during it is seen.
-            self._compare(name, blob.file, os.fstat(descriptor))
+            self._compare(name, blob.file, _identity(os.fstat(descriptor)))
             return done
         finally:
             os.close(descriptor)
 
-    def _compare(self, name: str, file: str, found: os.stat_result) -> None:
-        now, was = _identity(found), self.files[file]
+    def _compare(self, name: str, file: str, now: Identity) -> None:
+        was = self.files[file]
         if now != was:
             raise CheckpointError(
                 f"{name}: the file changed since it was opened: it was {was}, is {now}; inputs must stay as they are: "
@@ -129,7 +141,9 @@ class Folder:
         if self.is_local:
             yield from _scan_local(os.fspath(self.path), "")
             return
-        yield from _scan_remote(self.path, "")
+        for file, found in list_remote(self.path):
+            changed = int(found["mtime"].timestamp()) * 10**9 if "mtime" in found else 0
+            yield file, Identity(found["size"], changed, int(found.get("generation") or 0))
 
 
 def _scan_local(root: str, below: str) -> Iterator[tuple[str, Identity]]:
@@ -146,16 +160,6 @@ def _scan_local(root: str, below: str) -> Iterator[tuple[str, Identity]]:
                     f"{os.path.join(root, relative)} is {kind}: a checkpoint is read from its own folder only; copy it "
                     "with its files"
                 )
-
-
-def _scan_remote(root: epath.Path, below: str) -> Iterator[tuple[str, Identity]]:
-    for found in (root / below).iterdir():
-        relative = f"{below}/{found.name}" if below else found.name
-        if found.is_dir():
-            yield from _scan_remote(root, relative)
-        else:
-            stat = found.stat()
-            yield relative, Identity(stat.length, stat.mtime * 10**9, 0)
 
 
 def _identity(found: os.stat_result) -> Identity:

@@ -14,14 +14,13 @@ from etils import epath
 from merging.checkpoints import boxes, ocdbt, zarr
 from merging.checkpoints.folder import Blob, Folder
 from merging.checkpoints.format import CheckpointError, Index, LeafSpec
-from merging.checkpoints.storage import is_local
 
 
 class Left:
     """The chunks in a folder, or in an OCDBT database in it. Thread-safe.
 
     Args:
-      folder: may not exist; in a bucket nothing is looked for.
+      folder: may not exist.
       in_database: whether the chunks are values of a database.
 
     Attributes:
@@ -32,7 +31,7 @@ class Left:
         self._folder: Folder | None = None
         self._blobs: Mapping[str, Blob] = {}
         self.is_damaged = False
-        if not is_local(folder) or not folder.exists():
+        if not folder.exists():
             return
         self._folder = Folder(folder)
         if not in_database:

@@ -290,14 +290,12 @@ class Writer:
         run, starts = boxes.runs(spec.shape, index)
         run_bytes = run * spec.dtype.itemsize
         sink = self._opened(shard)
-        if is_stored:
-            sink.keep(array.nbytes)
-        else:
-            for position, start in enumerate(starts):
-                sink.write(
-                    offset + start * spec.dtype.itemsize,
-                    buffer[position * run_bytes : (position + 1) * run_bytes],
-                )
+        put = sink.keep if is_stored else sink.write
+        for position, start in enumerate(starts):
+            put(
+                offset + start * spec.dtype.itemsize,
+                buffer[position * run_bytes : (position + 1) * run_bytes],
+            )
         if sink.nbytes == shard.nbytes:
             self._close(shard)
 
@@ -350,7 +348,8 @@ class Writer:
                 if shard.sink is None:
                     # Known before its header fails to be written.
                     shard.sink = ByteSink(shard.path, is_kept=shard.left_bytes > 0)
-                    shard.sink.write(0, memoryview(shard.header))
+                    put = shard.sink.keep if shard.has_header() else shard.sink.write
+                    put(0, memoryview(shard.header))
         return shard.sink
 
     def _close(self, shard: _Shard) -> None:
@@ -391,8 +390,16 @@ class _Shard:
         for spec in leaves:
             self.offsets[spec.name] = self.nbytes
             self.nbytes += spec.nbytes
-        # An object in a bucket is there whole or not at all, and can't be written by range.
-        is_left = is_resumed and is_local(path) and path.exists()
-        self.left_bytes = path.stat().length if is_left else 0
+        self.left_bytes = path.stat().length if is_resumed and path.exists() else 0
+        if not is_local(path) and self.left_bytes != self.nbytes:
+            self.left_bytes = 0  # an object is there whole, or it is not ours
         self.sink: ByteSink | None = None
         self.is_closing = False
+
+    def has_header(self) -> bool:
+        """Whether what an earlier writer left begins as it must."""
+        if not self.left_bytes:
+            return False
+        left = bytearray(len(self.header))
+        self.sink.read_into(0, memoryview(left))
+        return left == self.header

@@ -10,10 +10,10 @@ read by offset (`preadv`): a handle for every thread would be threads x shards x
 those bytes: its clients' file handles read ahead, up to 256 MiB each.
 
 Writing is by offset too, from any thread and in any order: on local disk at once (`pwrite`), to object
-storage, which takes bytes one after another only, as soon as what comes before has arrived.
+storage, which takes bytes one after another only, as soon as what comes before has arrived; the object is there once it
+is closed.
 
-Retries are the storage client's (gcsfs: six, with backoff, where a connection breaks or the answer is 408, 429 or 5xx).
-Whether a remote object is still the one that was opened is asked once, by `check_unchanged`: at every read it would
+Retries are the storage clients' (see `gcs`). Whether a remote object is still the one that was opened is asked once, by `check_unchanged`: at every read it would
 cost a round trip.
 """
 
@@ -26,15 +26,26 @@ import functools
 import os
 import re
 import stat
+import sys
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO
+from typing import Any
 
+import fsspec
 from etils import epath
 
 from merging.checkpoints.format import CheckpointError
+
+# What fsspec, and so epath, takes for gs://; imported by the first such path.
+for _name in ("gs", "gcs"):
+    fsspec.register_implementation(
+        _name,
+        "merging.checkpoints.gcs.FileSystem",
+        clobber=True,
+        errtxt="gs:// takes gcsfs: pip install 'merging-at-scale[gcs]'",
+    )
 
 # A look at the file's size, time and inode after every read would double the calls that give up and take back Python's
 # lock, of which a merge's workers make ten thousand a second. Whoever commits calls `check_unchanged` first, so a change
@@ -216,6 +227,12 @@ def is_local(path: epath.PathLike) -> bool:
     return "://" not in os.fspath(path)
 
 
+def retried_requests() -> int:
+    """Requests to object storage that failed and were made again, of this process."""
+    gcs = sys.modules.get("merging.checkpoints.gcs")  # else there was none
+    return 0 if gcs is None else gcs.retried()
+
+
 def read_remote(path: epath.PathLike, offset: int, buffer: memoryview) -> int:
     """Fills `buffer` from an object, by one request; bytes read, fewer than wanted only at its end.
 
@@ -239,10 +256,20 @@ def remote_version(path: epath.PathLike) -> str:
     return str([found.get(key) for key in ("generation", "etag", "size", "mtime")])
 
 
+def list_remote(folder: epath.PathLike) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(path from the folder, what the storage says of it) of all objects below, by one request for a thousand."""
+    system, name = _remote(folder)
+    with _remote_errors(folder):
+        system.invalidate_cache(name)
+        found = system.find(name, detail=True)
+    for path, details in found.items():
+        relative = path.removeprefix(f"{name.rstrip('/')}/")
+        if relative != path and not path.endswith("/"):  # what consoles put for a folder
+            yield relative, details
+
+
 def _remote(path: epath.PathLike) -> tuple[Any, str]:
     """The storage client for a path, one for the process, and the path's name in it."""
-    import fsspec
-
     return fsspec.core.url_to_fs(os.fspath(path))
 
 
@@ -275,27 +302,38 @@ class ByteSink:
     """One file being written by ranges, each byte once. Thread-safe; its OSErrors carry its name."""
 
     def __init__(self, path: epath.PathLike, *, is_kept: bool = False):
-        """Creates the file, or empties it; `is_kept`: a local file that is there stays as it is, and can be read."""
+        """Creates the file, or empties it; `is_kept`: one that is there stays as it is, and can be read.
+
+        An object in a bucket can't be changed: one that is kept stays while nothing is written to it, and is put anew, with
+        what is kept of it, where something is.
+        """
         self.path = epath.Path(path)
         self.nbytes = 0  # written, kept, or waiting for what comes before
         self._lock = threading.Lock()
-        self._closing = contextlib.ExitStack()
+        self._handle: Any = None
+        self._descriptor: int | None = None
         self._dirty: list[int] = []  # start and end of what the disk was not yet told to write
+        self._kept: list[tuple[int, int]] = []  # remote: offset and bytes of an object that stays
         self._waiting: dict[int, bytes] = {}  # remote: by offset, what came too early
         self._at = 0  # remote: how far the object is written
+        self._is_local = is_local(self.path)
         with naming(self.path):
-            is_kept = is_kept and is_local(self.path) and self.path.exists()
-            # etils knows no mode that leaves a file as it is.
-            opened = open(self.path, "r+b") if is_kept else self.path.open("wb")
-            self._handle: BinaryIO = self._closing.enter_context(opened)
-            self._descriptor = self._handle.fileno() if is_local(self.path) else None
+            if self._is_local:
+                # etils knows no mode that leaves a file as it is.
+                is_kept = is_kept and self.path.exists()
+                self._handle = open(self.path, "r+b") if is_kept else self.path.open("wb")
+                self._descriptor = self._handle.fileno()
+            elif not is_kept:
+                self._begin_object()
 
     def write(self, offset: int, data: memoryview) -> None:
         """Puts bytes at an offset (bytes)."""
         with naming(self.path):
-            if self._descriptor is None:
+            if not self._is_local:
                 with self._lock:
-                    self._append(offset, data)
+                    if self._handle is None:
+                        self._begin_object()
+                    self._append(offset, bytes(data))
                     self.nbytes += len(data)
                 return
             done = 0
@@ -311,16 +349,23 @@ class ByteSink:
             self._dirty = []
         start_writeback(self._descriptor, start, end - start)
 
-    def keep(self, nbytes: int) -> None:
-        """Counts bytes that are in the file already."""
-        with self._lock:
-            self.nbytes += nbytes
+    def keep(self, offset: int, data: memoryview) -> None:
+        """Takes over bytes that are in the file already."""
+        with self._lock, naming(self.path):
+            if self._handle is None:
+                self._kept.append((offset, len(data)))
+            elif not self._is_local:
+                self._append(offset, bytes(data))
+            self.nbytes += len(data)
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fills `buffer` from a kept local file, with zeros beyond its end."""
+        """Fills `buffer` from a kept file, with zeros beyond its end."""
         with naming(self.path):
-            done = os.preadv(self._descriptor, [buffer], offset)
-            while 0 < done < len(buffer):
+            if not self._is_local:
+                done = read_remote(self.path, offset, buffer)
+            else:
+                done = os.preadv(self._descriptor, [buffer], offset)
+            while self._is_local and 0 < done < len(buffer):
                 more = os.preadv(self._descriptor, [buffer[done:]], offset + done)
                 if not more:
                     break
@@ -328,24 +373,46 @@ class ByteSink:
         buffer[done:] = bytes(len(buffer) - done)
 
     def close(self) -> None:
-        """The bytes are on disk when it returns."""
-        with naming(self.path), self._closing:
+        """The bytes are on disk when it returns; an object is there."""
+        with naming(self.path):
             assert not self._waiting, f"{self.path} lacks the bytes from {self._at} on"
-            if self._descriptor is not None:
+            if self._handle is None:
+                return  # an object of which all is kept
+            if self._is_local:
                 os.fsync(self._descriptor)
                 self._descriptor = -1  # any later write is EBADF, not into another file
+            self._handle.close()
+            if not self._is_local:
+                self._handle.commit()
+                self._handle = None
 
     def abandon(self) -> None:
-        """Closes the file, whatever state it is in, which stays."""
-        with contextlib.suppress(OSError):  # the disk may be what failed
-            self._closing.close()
+        """Closes the file, whatever state it is in, which stays; an object does not appear, and one that was there stays."""
+        with contextlib.suppress(OSError), naming(self.path):  # the disk may be what failed
+            if self._is_local:
+                self._handle.close()
+            elif self._handle is not None:
+                handle, self._handle = self._handle, None
+                handle.discard()
 
-    def _append(self, offset: int, data: memoryview) -> None:
-        self._waiting[offset] = bytes(data)  # TensorFlow's GFile takes nothing but bytes
+    def _begin_object(self) -> None:
+        system, name = _remote(self.path)
+        self._handle = system.open(name, "wb", autocommit=False)
+        for offset, nbytes in self._kept:
+            for start in range(offset, offset + nbytes, _COPIED_BYTES):
+                data = bytearray(min(_COPIED_BYTES, offset + nbytes - start))
+                read_remote(self.path, start, memoryview(data))
+                self._append(start, bytes(data))
+
+    def _append(self, offset: int, data: bytes) -> None:
+        self._waiting[offset] = data
         while self._at in self._waiting:
             chunk = self._waiting.pop(self._at)
             self._handle.write(chunk)
             self._at += len(chunk)
+
+
+_COPIED_BYTES = 8 << 20  # of an object, at once
 
 
 def put_file(path: epath.Path, content: bytes) -> None:

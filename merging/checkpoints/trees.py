@@ -135,7 +135,7 @@ class TreeReader:
 
     def check_unchanged(self) -> None:
         """Raises CheckpointError unless every file is as it was when the checkpoint was opened."""
-        self._folder.check(self._folder.files)
+        self._folder.check_all()
 
     def close(self) -> None:
         """Files are open only while they are read."""

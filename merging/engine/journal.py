@@ -15,8 +15,8 @@ What it promises:
 - A line that is torn, or damaged, and all behind it count as not written.
 - A journal of other code, settings, inputs or number of processes is refused with what differs, never mixed.
 
-Object storage can't append to a file and forgets a file that was not closed; there nothing is written down, and a run that
-was killed starts from nothing.
+Object storage can't append to an object: there the journal is put whole by each write, and nothing of an object is there before
+it is closed. So a run that was killed also loses the shards that it was writing, and keeps those that it had closed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from etils import epath
 from merging import manifest
 from merging.checkpoints.checksums import box_text
 from merging.checkpoints.format import CheckpointError, Reader
-from merging.checkpoints.storage import is_local, naming
+from merging.checkpoints.storage import is_local, naming, put_file
 from merging.engine.pieces import Piece
 
 # A write is followed by a pause of so many times what it took, so that it costs no more than 3 % of one thread.
@@ -92,11 +92,13 @@ class Journal:
         self._lock = threading.Lock()  # guards _waiting
         self._waiting: list[bytes] = []
         self._next_write = 0.0
+        self._is_open = True
         self._descriptor: int | None = None
+        self._whole = bytearray()  # in a bucket: what is written down
         self.limit = limit
         self.survey: Any = None
         self.pieces: dict[tuple[str, str], Finished] = {}
-        end, records = read(self._path)
+        whole, records = read(self._path)
         self.is_resumed = bool(records)
         if records:
             manifest.refuse_other(folder, records[0]["header"], header)
@@ -106,10 +108,12 @@ class Journal:
         if is_local(folder):
             with naming(self._path):
                 self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-                os.ftruncate(self._descriptor, end)
-                os.lseek(self._descriptor, end, os.SEEK_SET)
-            if not records:
-                self._append([_line({"header": header, "limit": limit})])
+                os.ftruncate(self._descriptor, len(whole))
+                os.lseek(self._descriptor, len(whole), os.SEEK_SET)
+        else:
+            self._whole += whole
+        if not records:
+            self._append([_line({"header": header, "limit": limit})])
 
     def finish(self, piece: Piece, checksums: Sequence[str], statistics: np.ndarray | None) -> None:
         """Notes a piece whose bytes are with all writers; `flush` writes it down."""
@@ -138,12 +142,13 @@ class Journal:
         """Writes down what was noted. Raises CheckpointError if the inputs are not what they were, and writes nothing then."""
         with self._lock:
             lines, self._waiting = self._waiting, []
-        if lines and self._descriptor is not None:
+        if lines and self._is_open:
             self._check()  # after the last of these pieces was read
             self._append(lines)
 
     def close(self) -> None:
         """Writes nothing more."""
+        self._is_open = False
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -154,6 +159,10 @@ class Journal:
             self._waiting.append(line)
 
     def _append(self, lines: Sequence[bytes]) -> None:
+        if self._descriptor is None:
+            self._whole += b"".join(lines)
+            put_file(self._path, bytes(self._whole))
+            return
         data = memoryview(b"".join(lines))
         try:
             with naming(self._path):
@@ -211,7 +220,7 @@ def kept(
             pass  # the disk, of which `error` tells; what was not written down is computed again
         if isinstance(error, ValueError) and is_unchanged and jax.process_count() == 1:
             staging.discard()
-        elif staging.folder.exists():
+        elif not is_local(staging.folder) or staging.folder.exists():  # a bucket may be what failed
             log(
                 f"stopped: what is finished stays in {staging.folder}; the same command goes on there"
             )
@@ -225,10 +234,10 @@ def file_of(folder: epath.PathLike, process: int) -> epath.Path:
     return epath.Path(folder) / manifest.JOURNALS.replace("*", str(process))
 
 
-def read(path: epath.Path) -> tuple[int, list[Any]]:
-    """(bytes that hold whole lines, what they say) of a journal; nothing where there is none."""
-    if not is_local(path) or not path.exists():
-        return 0, []
+def read(path: epath.Path) -> tuple[bytes, list[Any]]:
+    """(whole lines, what they say) of a journal; nothing where there is none."""
+    if not path.exists():
+        return b"", []
     data = path.read_bytes()
     records, end = [], 0
     for line in _whole_lines(data):
@@ -237,7 +246,7 @@ def read(path: epath.Path) -> tuple[int, list[Any]]:
             break
         records.append(json.loads(text))
         end += len(line) + 1
-    return end, records
+    return data[:end], records
 
 
 def _whole_lines(data: bytes) -> Iterator[bytes]:

@@ -7,11 +7,13 @@ import os
 import pathlib
 import subprocess
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 
 from launch import devices, study
+from tests import buckets
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 TINY = [
@@ -51,15 +53,20 @@ def test_quick_study_from_nothing_to_the_report(whole: tuple[pathlib.Path, str])
 
 
 @pytest.mark.slow
-def test_killed_three_times_it_ends_with_the_same_scores(
+def test_killed_three_times_in_a_bucket_it_ends_with_the_same_scores(
     whole: tuple[pathlib.Path, str], tmp_path: pathlib.Path
 ):
-    for line in ("experts 2/9", "experts 6/9", "cells 5/12"):
-        with started(tmp_path, stderr=subprocess.PIPE) as process:
-            assert any(told.startswith(line) for told in process.stderr), line
-            process.kill()  # in the middle of what comes next
-    assert "scores of 12 of 12 models" in run(tmp_path)
-    assert scores(tmp_path) == scores(whole[0])
+    """All that a study holds, models, scores and report, in an object store; killed by SIGKILL and gone on with."""
+    pytest.importorskip("gcsfs")
+    with buckets.store(tmp_path) as store:
+        there = {"output": "gs://bucket/study", "environment": buckets.environment(store.address)}
+        for line in ("experts 2/9", "experts 6/9", "cells 5/12"):
+            with started(tmp_path, **there, stderr=subprocess.PIPE) as process:
+                assert any(told.startswith(line) for told in process.stderr), line
+                process.kill()  # in the middle of what comes next
+        assert "scores of 12 of 12 models" in run(tmp_path, **there)
+        assert scores(store.folder) == scores(whole[0])
+        assert (store.folder / "study/report/index.html").stat().st_size > 10_000
 
 
 def scores(place: pathlib.Path) -> dict[str, list[Any]]:
@@ -71,11 +78,17 @@ def scores(place: pathlib.Path) -> dict[str, list[Any]]:
     return found
 
 
-def started(place: pathlib.Path, **how: Any) -> subprocess.Popen[str]:
-    """The command, which works in a folder of its own with a relative output."""
-    command = [sys.executable, "-m", "launch.study", "--study=quick", "--output=study"]
+def started(
+    place: pathlib.Path,
+    *,
+    output: str = "study",
+    environment: Mapping[str, str] = os.environ,
+    **how: Any,
+) -> subprocess.Popen[str]:
+    """The command, which works in a folder of its own, by default with a relative output."""
+    command = [sys.executable, "-m", "launch.study", "--study=quick", f"--output={output}"]
     command += [f"--gin.{binding}" for binding in TINY]
-    environment = os.environ | {
+    environment = {**environment} | {
         "PYTHONPATH": str(REPOSITORY),
         "XDG_CACHE_HOME": str(place / "cache"),
     }
@@ -83,9 +96,9 @@ def started(place: pathlib.Path, **how: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=place, env=environment, text=True, **how)
 
 
-def run(place: pathlib.Path) -> str:
-    """What the command prints."""
-    with started(place, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+def run(place: pathlib.Path, **where: Any) -> str:
+    """What the command prints; arguments as of `started`."""
+    with started(place, **where, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         told, errors = process.communicate()
     assert process.returncode == 0, errors[-4000:]
     return told

@@ -88,8 +88,36 @@ def test_object_storage_is_appended_to_only(tmp_path, monkeypatch):
     assert sink.nbytes == 4
     with pytest.raises(AssertionError, match="file lacks the bytes from 2 on"):
         sink.close()
-    assert (tmp_path / "file").read_bytes() == b"ab"
     sink.abandon()
+    assert not (tmp_path / "file").exists()
+
+
+def test_a_kept_object_stays_until_something_is_written(tmp_path, monkeypatch):
+    """Then it is put anew, with what is kept of it; if that is given up, the old one is there."""
+    monkeypatch.setattr(storage, "is_local", lambda path: False)
+    monkeypatch.setattr(storage, "_COPIED_BYTES", 7)
+    path, old = tmp_path / "file", CONTENT[:100]
+    path.write_bytes(old)
+    before = path.stat()
+    kept = ByteSink(path, is_kept=True)
+    found = bytearray(30)
+    kept.read_into(80, memoryview(found))
+    assert found == old[80:] + bytes(10)
+    for offset in (0, 40):
+        kept.keep(offset, memoryview(old)[offset : offset + 40])
+    kept.keep(80, memoryview(old)[80:])
+    assert kept.nbytes == 100
+    kept.close()
+    assert path.stat() == before
+
+    for is_whole in (False, True):
+        sink = ByteSink(path, is_kept=True)
+        sink.keep(0, memoryview(old)[:40])
+        sink.write(40, memoryview(b"0123456789"))
+        sink.keep(50, memoryview(old)[50:])
+        assert sink.nbytes == 100
+        sink.close() if is_whole else sink.abandon()
+        assert path.read_bytes() == (old[:40] + b"0123456789" + old[50:] if is_whole else old)
 
 
 def test_an_abandoned_file_is_kept_and_gone_on_with(tmp_path):
@@ -102,7 +130,7 @@ def test_an_abandoned_file_is_kept_and_gone_on_with(tmp_path):
     found = bytearray(len(CONTENT) + 8)
     again.read_into(3, memoryview(found))
     assert found == CONTENT + bytes(8)
-    again.keep(len(CONTENT))
+    again.keep(3, memoryview(CONTENT))
     again.write(0, memoryview(b"abc"))
     assert again.nbytes == 3 + len(CONTENT)
     again.close()
@@ -122,7 +150,8 @@ def test_short_writes_go_on(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
-def test_a_full_disk_is_named(path):
+def test_a_full_disk_is_named(tmp_path):
+    path = tmp_path / "file"
     path.symlink_to("/dev/full")
     sink = ByteSink(path)
     with pytest.raises(OSError, match=f"No space left on device: '{path}'") as error:
@@ -132,8 +161,8 @@ def test_a_full_disk_is_named(path):
     sink.abandon()
 
 
-def test_a_file_that_can_not_be_made_is_named(path):
-    path = path / "in" / "no" / "folder"
+def test_a_file_that_can_not_be_made_is_named(tmp_path):
+    path = tmp_path / "in" / "no" / "folder"
     with pytest.raises(FileNotFoundError, match=f"No such file or directory: '{path}'"):
         ByteSink(path)
 

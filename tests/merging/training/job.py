@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-import pathlib
 import sys
+
+from etils import epath
 
 from launch import devices, preemption
 
@@ -23,7 +24,7 @@ def main(output: str, changes: str, mesh: str) -> None:
     is_asked = preemption.should_stop(joined)
     with preemption.ending(print, joined):
         runs.run(
-            pathlib.Path(output),
+            epath.Path(output),
             mesh=MeshShape(**json.loads(mesh)),
             should_stop=lambda step: is_asked(),
             write_metrics=lambda name, step, values: print(f"step {step}", flush=True),
