@@ -6,7 +6,6 @@ import concurrent.futures
 import contextlib
 import json
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -18,6 +17,7 @@ import pytest
 
 from launch import exit_codes, watchdog
 from launch.pod import local
+from tests.launch import proxy
 
 # ---- the meeting, among threads -----------------------------------------------------------------------------------
 
@@ -225,66 +225,17 @@ def test_a_silent_process_ends_all_and_is_named(
             assert "process 0 has given no sign of life for 6 s; after 10 s the job ends" in words
 
 
-class Proxy:
-    """Hands bytes on between a process and its coordinator, until it is cut."""
-
-    def __init__(self) -> None:
-        self.address = f"127.0.0.1:{local.free_port()}"
-        self.target: str | None = None
-        self._server = socket.create_server(("127.0.0.1", int(self.address.rpartition(":")[2])))
-        self._pairs: list[tuple[socket.socket, socket.socket]] = []
-        self._is_cut = threading.Event()
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def cut(self) -> None:
-        """Whatever comes later is swallowed: nobody is told that the line is dead."""
-        self._is_cut.set()
-
-    def close(self) -> None:
-        self._server.close()
-        for pair in self._pairs:
-            for end in pair:
-                end.close()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                here, _ = self._server.accept()
-                host, _, port = self.target.rpartition(":")
-                try:
-                    there = socket.create_connection((host, int(port)))
-                except ConnectionRefusedError:
-                    here.close()
-                    continue
-                self._pairs.append((here, there))
-                threading.Thread(target=self._hand_on, args=(here, there), daemon=True).start()
-
-    def _hand_on(self, here: socket.socket, there: socket.socket) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            while True:
-                for ready in select.select([here, there], [], [])[0]:
-                    data = ready.recv(65536)
-                    if not data:
-                        here.close()
-                        there.close()
-                        return
-                    if not self._is_cut.is_set():
-                        (there if ready is here else here).sendall(data)
-
-
 @pytest.mark.slow
 def test_a_process_that_is_cut_off_ends_all_and_is_named(monkeypatch):
-    proxy = Proxy()
     port = local.free_port()
     monkeypatch.setattr(local, "free_port", lambda: port)
-    proxy.target = f"127.0.0.1:{port}"
-    job = Job(coordinators={2: proxy.address})
-    try:
-        proxy.cut()
-        ended = job.ends(but=-1)
-    finally:
-        job.close()
-        proxy.close()
+    with proxy.Proxy(f"127.0.0.1:{port}") as line:
+        job = Job(coordinators={2: line.address})
+        try:
+            line.cut()
+            ended = job.ends(but=-1)
+        finally:
+            job.close()
     for index in (0, 1):
         assert "unhealthy (stopped sending heartbeats):\n2\n" in ended[index][1]
     assert "process 0 has given no sign of life" in ended[2][1]
