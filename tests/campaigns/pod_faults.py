@@ -62,14 +62,14 @@ KINDS = ("kill", "stop", "cut", "drop")
 STARTING = 1 / 5  # of the faults come before the work begins
 AGAIN = 1 / 2  # of the runs that go on are broken too
 
-LOOK_S = 0.02  # between two looks at a job
+LOOK_S = 0.05  # between two looks at a job
 
-# Processes are forked from one that has imported what they need, and that takes longest.
-IMPORTED = [
+# Processes are forked from one that has imported what they need, since that takes longest.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_OF_TASKS = (
     *("tasks.batches", "tasks.catalog", "tasks.evaluation", "tasks.packing", "tasks.stream"),
     *("merging.evaluate", "merging.study"),
-]
-_CONTEXT = multiprocessing.get_context("forkserver")
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +81,7 @@ class Stage:
       prepare: makes the inputs in a folder.
       arguments: of the command, by the folder of the inputs and the output.
       begins: what process 0 writes when its work begins.
+      imported: beside what the campaign imports itself.
       differences: between an output and the unbroken run's, in words.
     """
 
@@ -89,6 +90,7 @@ class Stage:
     arguments: Callable[[pathlib.Path, pathlib.Path], list[str]]
     begins: str
     differences: Callable[[pathlib.Path, pathlib.Path], list[str]]
+    imported: tuple[str, ...] = _OF_TASKS
 
 
 # ---- the stages ---------------------------------------------------------------------------------------------------
@@ -196,6 +198,7 @@ STAGES = {
         arguments=_merge,
         begins="reading all inputs",
         differences=_other_files,
+        imported=(),
     ),
     "evaluate": Stage(
         devices=2,
@@ -373,8 +376,10 @@ class Campaign:
         self.stage, self.folder = stage, folder
         self.random = random.Random(f"{stage} {seed}")
         self.told = Told()
-        _CONTEXT.set_forkserver_preload([__name__, *IMPORTED])
-        STAGES[stage].prepare(folder / stage / "inputs")
+        made = _CONTEXT.Process(target=STAGES[stage].prepare, args=(folder / stage / "inputs",))
+        made.start()
+        made.join()
+        assert made.exitcode == 0
         self._outputs = (folder / stage / str(number) for number in range(10**9))
         self.unbroken = folder / stage / "unbroken"
         self._seconds = {"start": 0.0, "work": 0.0}  # of the unbroken run
@@ -491,6 +496,12 @@ class Campaign:
                 )
 
 
+def fork_for(stages: Sequence[str]) -> None:
+    """What processes are forked from imports what these stages need; call it before the first campaign."""
+    modules = dict.fromkeys(module for stage in stages for module in STAGES[stage].imported)
+    _CONTEXT.set_forkserver_preload([__name__, *modules])
+
+
 def strike(job: Job, kind: str, victim: int) -> None:
     """Does to a process what the kind says."""
     if kind == "kill":
@@ -513,8 +524,9 @@ def main() -> None:
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
-    is_good = True
-    for stage in asked.stages.split(","):
+    is_good, stages = True, asked.stages.split(",")
+    fork_for(stages)
+    for stage in stages:
         started = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             campaign = Campaign(stage, pathlib.Path(folder), asked.seed)
