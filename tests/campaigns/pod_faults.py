@@ -204,14 +204,14 @@ STAGES = {
         devices=2,
         prepare=_make_scored,
         arguments=_evaluate,
-        begins="tasks",
+        begins=" models on ",
         differences=_other_scores,
     ),
     "finetune": Stage(
         devices=1,
         prepare=_nothing,
         arguments=_finetune,
-        begins="mixture",
+        begins="trains ",
         differences=finetune_kills.differences,
     ),
     "study": Stage(
