@@ -117,21 +117,25 @@ def _other_files(output: pathlib.Path, unbroken: pathlib.Path) -> list[str]:
     return [name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)]
 
 
-SCORED = 4  # models
-LENGTHS = "--gin.TASK_FEATURE_LENGTHS={'inputs': 160, 'targets': 8}"
+SCORED = ("a", "b", "c", "d")  # names of one model: scores are put on disk after each
 
 
 def _make_scored(folder: pathlib.Path) -> None:
     folder.mkdir(parents=True)
-    for seed in range(SCORED):
-        small_palm.written(folder / f"model_{seed}", seed=seed)
+    small_palm.written(folder / "model")
 
 
 def _evaluate(inputs: pathlib.Path, output: pathlib.Path) -> list[str]:
-    checkpoints = ",".join(str(inputs / f"model_{i}") for i in range(SCORED))
+    settings = {
+        "CHECKPOINTS": dict.fromkeys(SCORED, str(inputs / "model")),
+        "INITIAL_CHECKPOINT_PATH": None,
+        "TASK_FEATURE_LENGTHS": {"inputs": 160, "targets": 8},
+        "LIMIT": 21,
+        "SHAPES": 1,
+    }
+    bindings = [f"--gin.{name}={value}" for name, value in settings.items()]
     tasks = "causes_choose_mini,opposites_which_mini"
-    given = [f"--checkpoint={checkpoints}", f"--tasks={tasks}", f"--output={output}"]
-    return ["evaluate", *given, LENGTHS, "--gin.LIMIT=21", "--gin.SHAPES=1"]
+    return ["evaluate", f"--tasks={tasks}", f"--output={output}", *bindings]
 
 
 def _finetune(inputs: pathlib.Path, output: pathlib.Path) -> list[str]:

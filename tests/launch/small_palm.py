@@ -16,16 +16,14 @@ from merging.models.config import PalmConfig
 from merging.models.palm import Palm
 
 
-def written(
-    folder: pathlib.Path, changes: dict[int, np.ndarray] | None = None, *, seed: int = 0
-) -> pathlib.Path:
+def written(folder: pathlib.Path, changes: dict[int, np.ndarray] | None = None) -> pathlib.Path:
     """A folder as finetune leaves it, but for the manifest; some rows of the embedding changed."""
     from tasks.miniature import vocabulary
 
     config = PalmConfig(
         vocab_size=vocabulary().vocab_size, embed_dim=16, num_layers=2, num_heads=2, head_dim=8, mlp_dim=32
     )  # fmt: skip
-    params = Palm(config).init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
+    params = Palm(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     leaves = {
         k: np.array(v)
         for k, v in flax.traverse_util.flatten_dict(nn.unbox(params), sep="/").items()
