@@ -528,6 +528,7 @@ def main() -> None:
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(exit_codes.PREEMPTED))  # no process stays
     is_good, stages = True, asked.stages.split(",")
     fork_for(stages)
     for stage in stages:
