@@ -162,6 +162,9 @@ def start(
     except watchdog.PeersMissing as missing:
         print(f"{who}: {missing}.", file=sys.stderr)
         end(exit_codes.BROKEN, joined)
+    is_joined = watchdog.watch(
+        connections, count=joined.count, index=joined.index, timeout_s=heartbeat_timeout_s
+    )
     is_local = (joined.coordinator or "").rpartition(":")[0] in ("127.0.0.1", "localhost")
     jax.distributed.initialize(
         joined.coordinator,
@@ -173,9 +176,7 @@ def start(
         if is_local
         else None,  # default: every interface
     )
-    watchdog.watch(
-        connections, count=joined.count, index=joined.index, timeout_s=heartbeat_timeout_s
-    )
+    is_joined.set()
     sys.excepthook = lambda *error: _fail(joined, heartbeat_timeout_s, *error)
 
 

@@ -1,21 +1,27 @@
 """Processes of one job keep an eye on each other: none is missing when it begins, and none falls silent without being named.
 
-jax's coordination service ends all processes when one sends no heartbeats any more, and says which (measured with jax 0.10.2 and
-heartbeats of 10 s: 7 to 9.3 s after SIGSTOP, at once where a connection breaks). That is the watchdog. It is silent on two things,
-which are said here, over a TCP connection from each process to process 0 at the coordinator's own port, made before jax takes it:
-who has not come when the job begins, and that it is process 0 itself that has stopped.
+jax's coordination service ends all processes when one sends no heartbeats any more, and mostly says which (measured with jax 0.10.2
+and heartbeats of 10 s: 7 to 9.3 s after SIGSTOP). It says nothing of who has not come when the job begins, nor of who is lost
+while processes join it, which then takes the whole time to initialize, nor that it is process 0 itself that has stopped or
+gone. All this is said here, over a TCP connection from each process to process 0 at the coordinator's own port, made before jax takes
+it: both sides give signs of life, and process 0 tells the others whom it has lost.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
+import os
+import selectors
 import socket
 import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from launch import exit_codes
 
 # Seconds without a heartbeat after which a job ends. Shorter: a machine that is busy for a moment ends it. Longer: hundreds
 # of chips wait for one that has gone.
@@ -30,8 +36,8 @@ class PeersMissing(Exception):
     """Not all processes of a job have come."""
 
 
-def meet(coordinator: str, *, count: int, index: int, timeout_s: float) -> list[socket.socket]:
-    """Returns when all processes are here: connections to all others in process 0, to process 0 in the others.
+def meet(coordinator: str, *, count: int, index: int, timeout_s: float) -> dict[int, socket.socket]:
+    """Returns when all processes are here: connections by number, to all others in process 0, to process 0 in the others.
 
     Args:
       coordinator: host:port of process 0; nothing may listen there, and nothing does when this returns.
@@ -47,20 +53,31 @@ def meet(coordinator: str, *, count: int, index: int, timeout_s: float) -> list[
     deadline = time.monotonic() + timeout_s
     if index == 0:
         return _gather(host, int(port), count, deadline, timeout_s)
-    return [_join(host.strip("[]"), int(port), count, index, deadline, timeout_s)]
+    return {0: _join(host.strip("[]"), int(port), count, index, deadline, timeout_s)}
 
 
 def watch(
-    connections: list[socket.socket],
+    connections: Mapping[int, socket.socket],
     *,
     count: int,
     index: int,
     timeout_s: float = HEARTBEAT_TIMEOUT_S,
-) -> None:
-    """Gives signs of life (process 0), or says so when none come (the others), in a thread until the process ends."""
-    work = _give_signs if index == 0 else _await_signs
-    who = f"Process {index} of {count}"
-    threading.Thread(target=work, args=(connections, who, timeout_s), daemon=True).start()
+) -> threading.Event:
+    """Gives signs of life, and says so when none come, in threads until the process ends.
+
+    Args:
+      connections: as `meet` returned them.
+      count, index: of the processes.
+      timeout_s: without a sign of life after which the job ends.
+
+    Returns:
+      An event to be set when jax watches over the job too. Until then this process ends when another is lost.
+    """
+    watching = _Watch(connections, f"Process {index} of {count}", timeout_s)
+    atexit.register(watching.is_ending.set)  # before jax lets all wait for one another, then go
+    for work in (watching.give_signs, watching.look):
+        threading.Thread(target=work, daemon=True).start()
+    return watching.is_joined
 
 
 # ---- the meeting ------------------------------------------------------------------------------------------------
@@ -68,7 +85,7 @@ def watch(
 
 def _gather(
     host: str, port: int, count: int, deadline: float, timeout_s: float
-) -> list[socket.socket]:
+) -> dict[int, socket.socket]:
     present: dict[int, socket.socket] = {}
     with contextlib.ExitStack() as opened:  # closes all where it fails
         server = opened.enter_context(_listen(host, port, deadline))
@@ -104,7 +121,7 @@ def _gather(
         opened.pop_all()
     server.close()  # before the others are told: they bring jax to this port
     _tell(present.values(), {})
-    return list(present.values())
+    return present
 
 
 def _join(
@@ -187,31 +204,80 @@ def _heard(connection: socket.socket, timeout_s: float = _TURN_S) -> dict[str, A
 # ---- afterwards -------------------------------------------------------------------------------------------------
 
 
-def _give_signs(connections: list[socket.socket], who: str, timeout_s: float) -> None:
-    while connections:
-        for connection in list(connections):
-            try:
-                connection.sendall(b".")
-            except OSError:
-                connections.remove(connection)
-        time.sleep(timeout_s / _SIGNS)
+class _Watch:
+    """Signs of life, one empty line each, and lines of who is lost."""
+
+    def __init__(self, connections: Mapping[int, socket.socket], who: str, timeout_s: float):
+        self.is_joined = threading.Event()  # jax watches too
+        self.is_ending = threading.Event()  # this process, and so all
+        self._connections = connections
+        self._who = who
+        self._timeout_s = timeout_s
+
+    def give_signs(self) -> None:
+        while True:
+            self._send(b"\n")
+            time.sleep(self._timeout_s / _SIGNS)
+
+    def look(self) -> None:
+        patience = self._timeout_s * _PATIENCE
+        heard = dict.fromkeys(self._connections, time.monotonic())
+        lost: set[int] = set()
+        with selectors.DefaultSelector() as selector:
+            for index, connection in self._connections.items():
+                selector.register(connection, selectors.EVENT_READ, index)
+            while heard:
+                for key, _ in selector.select(self._timeout_s / _SIGNS):
+                    index, words = key.data, _received(key.fileobj)
+                    if words:
+                        heard[index] = time.monotonic()
+                        lost.discard(index)
+                        for line in words.decode(errors="replace").split("\n"):
+                            if line:
+                                self._say(line)
+                        continue
+                    selector.unregister(key.fileobj)
+                    del heard[index]
+                    # Of those that go where one was lost, jax ends most.
+                    if not lost and not self.is_ending.is_set():
+                        self._tell(f"process {index} has gone: see in its log why")
+                        self._end_unless_joined()
+                    lost.add(index)
+                silence = {index: time.monotonic() - at for index, at in heard.items()}
+                for index in [i for i in silence if silence[i] > patience and i not in lost]:
+                    lost.add(index)
+                    self._tell(
+                        f"process {index} has given no sign of life for {patience:.0f} s; after"
+                        f" {self._timeout_s:.0f} s the job ends"
+                    )
+                if any(seconds > self._timeout_s for seconds in silence.values()):
+                    self._end_unless_joined()
+
+    def _tell(self, text: str) -> None:
+        self._say(text)
+        if 0 not in self._connections:  # this is process 0, and the only one that all hear
+            self._send(f"{text}\n".encode())
+
+    def _say(self, text: str) -> None:
+        sys.stderr.write(f"{self._who}: {text}.\n")  # in one piece
+        sys.stderr.flush()
+
+    def _send(self, line: bytes) -> None:
+        for connection in self._connections.values():
+            with contextlib.suppress(OSError):  # who has gone is told by `look`
+                connection.sendall(line)
+
+    def _end_unless_joined(self) -> None:
+        if not self.is_joined.is_set():
+            os._exit(exit_codes.BROKEN)  # the main thread is in jax, which waits
 
 
-def _await_signs(connections: list[socket.socket], who: str, timeout_s: float) -> None:
-    [connection] = connections
-    patience = timeout_s * _PATIENCE
-    connection.settimeout(patience)
-    while True:
-        try:
-            if not connection.recv(4096):
-                return  # it has ended; jax says how
-        except TimeoutError:
-            sys.stderr.write(
-                f"{who}: process 0 has given no sign of life for {patience:.0f} s; after {timeout_s:.0f} s the job ends.\n"
-            )
-            sys.stderr.flush()
-        except OSError:
-            return
+def _received(connection: socket.socket) -> bytes:
+    """What has come; nothing where the other side has gone."""
+    try:
+        return connection.recv(65536)
+    except OSError:
+        return b""
 
 
 def _named(indices: list[int]) -> str:

@@ -11,20 +11,13 @@ import subprocess
 import sys
 from typing import Any
 
-import flax.linen as nn
-import flax.traverse_util
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from launch import devices, evaluate, exit_codes
 from launch.pod.local import run_local
 from merging import evaluate as stage
-from merging.models import model_file
-from merging.models.config import PalmConfig
-from merging.models.palm import Palm
+from tests.launch import small_palm
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 ALONE = devices.Processes()
@@ -38,30 +31,10 @@ ASKED = {
 }
 
 
-def written(folder: pathlib.Path, changes: dict[int, np.ndarray] | None = None) -> pathlib.Path:
-    """A folder as finetune leaves it, but for the manifest; some rows of the embedding changed."""
-    from tasks.miniature import vocabulary
-
-    config = PalmConfig(
-        vocab_size=vocabulary().vocab_size, embed_dim=16, num_layers=2, num_heads=2, head_dim=8, mlp_dim=32
-    )  # fmt: skip
-    params = Palm(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    leaves = {
-        k: np.array(v)
-        for k, v in flax.traverse_util.flatten_dict(nn.unbox(params), sep="/").items()
-    }
-    for token, row in (changes or {}).items():
-        leaves["token_embedder/embedding"][token] = row
-    folder.mkdir()
-    save_file(leaves, folder / "model.safetensors")
-    model_file.write(folder, config, {"layers": 0}, model_file.Vocabulary(name="miniature"))
-    return folder
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A model with random parameters."""
-    return written(tmp_path_factory.mktemp("models") / "small")
+    return small_palm.written(tmp_path_factory.mktemp("models") / "small")
 
 
 def bindings(checkpoint: pathlib.Path, output: pathlib.Path, **changes: Any) -> list[str]:
@@ -128,7 +101,7 @@ def test_an_answer_that_is_right_counts_one(checkpoint: pathlib.Path, tmp_path: 
     one, other = np.eye(16, dtype=np.float32)[[0, 2]] - np.eye(16, dtype=np.float32)[[1, 3]]
     # A token's distribution is its row times all rows: the colon's is nearest the answer's, the answer's nearest the end's.
     rows = {colon: 10 * one, answer: 20 * one + 10 * other, vocabulary().eos_id: 100 * other}
-    folder = written(tmp_path / "answering", rows)
+    folder = small_palm.written(tmp_path / "answering", rows)
     run(folder, tmp_path / "out", MIXTURE_OR_TASK_NAME="opposites_which_mini", WRITE_EXAMPLES=True)
     (examples,) = records(tmp_path / "out", "answering").values()
     said = task.examples[0].truth[0]

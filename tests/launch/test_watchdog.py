@@ -6,7 +6,6 @@ import concurrent.futures
 import contextlib
 import json
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -18,17 +17,18 @@ import pytest
 
 from launch import exit_codes, watchdog
 from launch.pod import local
+from tests.launch import proxy
 
 # ---- the meeting, among threads -----------------------------------------------------------------------------------
 
 
 def meet(
     *calls: tuple[int, int], timeout_s: float = 30.0, address: str | None = None
-) -> list[list[socket.socket] | Exception]:
+) -> list[dict[int, socket.socket] | Exception]:
     """What `watchdog.meet` gave to each (count, index)."""
     coordinator = address or f"127.0.0.1:{local.free_port()}"
 
-    def one(count: int, index: int) -> list[socket.socket] | Exception:
+    def one(count: int, index: int) -> dict[int, socket.socket] | Exception:
         try:
             return watchdog.meet(coordinator, count=count, index=index, timeout_s=timeout_s)
         except Exception as error:
@@ -38,17 +38,17 @@ def meet(
         return [done.result() for done in [pool.submit(one, *call) for call in calls]]
 
 
-def close(*answers: list[socket.socket] | Exception) -> None:
+def close(*answers: dict[int, socket.socket] | Exception) -> None:
     for answer in answers:
-        assert isinstance(answer, list), answer
-        for connection in answer:
+        assert isinstance(answer, dict), answer
+        for connection in answer.values():
             connection.close()
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
 def test_all_meet(order: tuple[int, ...]):
     answers = meet(*((3, index) for index in order))
-    assert sorted(len(answer) for answer in answers) == [1, 1, 2]
+    assert [sorted(answers[order.index(i)]) for i in range(3)] == [[1, 2], [0], [0]]
     close(*answers)
 
 
@@ -78,7 +78,7 @@ def test_strangers_and_the_restarted_do_not_disturb():
     ready = threading.Thread(
         target=lambda: answers.extend(meet((3, 0), address=f"127.0.0.1:{port}"))
     )
-    answers: list[list[socket.socket] | Exception] = []
+    answers: list[dict[int, socket.socket] | Exception] = []
     ready.start()
 
     def connect(said: bytes) -> socket.socket:
@@ -98,30 +98,67 @@ def test_strangers_and_the_restarted_do_not_disturb():
     stranger.close()
 
 
-def test_process_0_without_a_sign_of_life_is_named(capsys: pytest.CaptureFixture[str]):
-    here, there = socket.socketpair()
-    told = threading.Event()
+class Line:
+    """What a process says while the other end of its connection, here in a test's hands, falls silent or goes."""
 
-    class Stream:
-        def write(self, text: str) -> None:
-            lines.append(text)
-            told.set()
+    def __init__(self, number: int, other: int, *, timeout_s: float = 100.0) -> None:
+        here, self.end = socket.socketpair()
+        self.watch = watchdog._Watch({other: here}, f"Process {number} of 4", timeout_s)
+        self.watch.is_joined.set()
+        self.said = threading.Event()
+        self._here, self._lines = here, []
+        self._looking = threading.Thread(target=self.watch.look)
 
-        def flush(self) -> None:
-            pass
+    def write(self, text: str) -> None:  # as sys.stderr
+        self._lines.append(text)
+        self.said.set()
 
-    lines: list[str] = []
-    with contextlib.redirect_stderr(Stream()):
-        watching = threading.Thread(
-            target=watchdog._await_signs, args=([here], "Process 2 of 4", 0.1)
-        )
-        watching.start()
-        there.sendall(b"..")
-        assert told.wait(30)
-    there.close()
-    watching.join()
-    here.close()
-    assert lines[0].startswith("Process 2 of 4: process 0 has given no sign of life for 0 s")
+    def flush(self) -> None:
+        pass
+
+    def words(self, process: Callable[[], object]) -> str:
+        """What it says until the other has done something and gone."""
+        with self._here, self.end, contextlib.redirect_stderr(self):
+            self._looking.start()
+            process()
+            self.end.close()
+            self._looking.join()
+        return "".join(self._lines)
+
+
+def test_a_process_without_a_sign_of_life_is_named():
+    line = Line(2, 0, timeout_s=0.1)
+
+    def fall_silent() -> None:
+        line.end.sendall(b"\n\n")
+        assert line.said.wait(30)
+
+    assert line.words(fall_silent).startswith(
+        "Process 2 of 4: process 0 has given no sign of life for 0 s; after 0 s the job ends.\n"
+    )
+
+
+def test_a_process_that_has_gone_is_named_but_at_the_end():
+    gone = "Process 0 of 4: process 3 has gone: see in its log why.\n"
+    assert Line(0, 3).words(lambda: None) == gone
+    line = Line(0, 3)
+    assert line.words(line.watch.is_ending.set) == ""
+
+
+def test_process_0_tells_all_who_is_lost():
+    (here, there), line = socket.socketpair(), Line(0, 3)
+    line.watch._connections[1] = here
+    with here, there:
+        told = "process 3 has gone: see in its log why"
+
+        def hear() -> None:
+            line.end.close()
+            assert there.makefile().readline() == f"{told}\n"
+            there.close()
+
+        line.words(hear)
+    line = Line(2, 0)
+    assert f"Process 2 of 4: {told}.\n" in line.words(lambda: line.end.sendall(told.encode()))
 
 
 # ---- processes ----------------------------------------------------------------------------------------------------
@@ -217,74 +254,55 @@ def test_a_silent_process_ends_all_and_is_named(
     job.processes[victim].send_signal(number)
     for returncode, words in job.ends(but=victim).values():
         assert returncode in (-signal.SIGABRT, exit_codes.BROKEN)
+        if number == signal.SIGKILL:
+            assert f"process {victim} has gone: see in its log why" in words
+        else:
+            assert (
+                f"process {victim} has given no sign of life for 6 s; after 10 s the job" in words
+            )
         if victim:  # jax's words
             assert "unhealthy (stopped sending heartbeats):\n1\n" in words
-        elif number == signal.SIGKILL:
-            assert "leader task was preempted/died/restarted" in words
-        else:
-            assert "process 0 has given no sign of life for 6 s; after 10 s the job ends" in words
 
 
-class Proxy:
-    """Hands bytes on between a process and its coordinator, until it is cut."""
+# In STAGE before all join: how one is lost that the others have met.
+LOST = """
+from launch import watchdog
+meet = watchdog.meet
+def met(*arguments, **named):
+    connections = meet(*arguments, **named)
+    if joined.index == VICTIM:
+        sys.stdout.write("ready\\n")
+        sys.stdout.flush()
+        os.kill(os.getpid(), NUMBER)
+    sys.stdout.write("ready\\n")
+    sys.stdout.flush()
+    return connections
+watchdog.meet = met
+devices.start("""
 
-    def __init__(self) -> None:
-        self.address = f"127.0.0.1:{local.free_port()}"
-        self.target: str | None = None
-        self._server = socket.create_server(("127.0.0.1", int(self.address.rpartition(":")[2])))
-        self._pairs: list[tuple[socket.socket, socket.socket]] = []
-        self._is_cut = threading.Event()
-        threading.Thread(target=self._accept, daemon=True).start()
 
-    def cut(self) -> None:
-        """Whatever comes later is swallowed: nobody is told that the line is dead."""
-        self._is_cut.set()
-
-    def close(self) -> None:
-        self._server.close()
-        for pair in self._pairs:
-            for end in pair:
-                end.close()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                here, _ = self._server.accept()
-                host, _, port = self.target.rpartition(":")
-                try:
-                    there = socket.create_connection((host, int(port)))
-                except ConnectionRefusedError:
-                    here.close()
-                    continue
-                self._pairs.append((here, there))
-                threading.Thread(target=self._hand_on, args=(here, there), daemon=True).start()
-
-    def _hand_on(self, here: socket.socket, there: socket.socket) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            while True:
-                for ready in select.select([here, there], [], [])[0]:
-                    data = ready.recv(65536)
-                    if not data:
-                        here.close()
-                        there.close()
-                        return
-                    if not self._is_cut.is_set():
-                        (there if ready is here else here).sendall(data)
+@pytest.mark.slow
+@pytest.mark.parametrize(("victim", "number"), [(0, signal.SIGSTOP), (1, signal.SIGKILL)])
+def test_a_process_that_is_lost_while_all_join_is_named(jobs, victim: int, number: int):
+    """jax waits for it until the time to initialize is over, and does not say for whom."""
+    lost = LOST.replace("VICTIM", str(victim)).replace("NUMBER", str(int(number)))
+    job = jobs(code=STAGE.replace("devices.start(", lost.strip()))
+    for returncode, words in job.ends(but=victim).values():
+        assert returncode == exit_codes.BROKEN
+        assert f"process {victim} has" in words
 
 
 @pytest.mark.slow
 def test_a_process_that_is_cut_off_ends_all_and_is_named(monkeypatch):
-    proxy = Proxy()
     port = local.free_port()
     monkeypatch.setattr(local, "free_port", lambda: port)
-    proxy.target = f"127.0.0.1:{port}"
-    job = Job(coordinators={2: proxy.address})
-    try:
-        proxy.cut()
-        ended = job.ends(but=-1)
-    finally:
-        job.close()
-        proxy.close()
+    with proxy.Proxy(f"127.0.0.1:{port}") as line:
+        job = Job(coordinators={2: line.address})
+        try:
+            line.cut()
+            ended = job.ends(but=-1)
+        finally:
+            job.close()
     for index in (0, 1):
         assert "unhealthy (stopped sending heartbeats):\n2\n" in ended[index][1]
     assert "process 0 has given no sign of life" in ended[2][1]
