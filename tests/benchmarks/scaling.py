@@ -157,7 +157,7 @@ def run(
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     for _ in range(2 if series == "free" else 1):
-        for left in (output, lines):
+        for left in (output, output.with_name("output.partial"), lines):
             shutil.rmtree(left, ignore_errors=True)
         lines.mkdir()
         run_local(
