@@ -24,6 +24,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import gzip
 import json
 import math
 import pathlib
@@ -41,6 +42,7 @@ from merging.checkpoints import open_checkpoint
 from merging.checkpoints.boxes import whole
 from merging.checkpoints.safetensors_header import read_header
 from merging.checkpoints.storage import ByteSource
+from merging.evaluation.collect import EXAMPLES
 from tests.benchmarks import merge as bench
 
 RELATIVE = 1e-5  # of losses and log-likelihoods: float32 sums in another order
@@ -344,11 +346,11 @@ def compare_bits(
 
 
 def checkpoints(folder: pathlib.Path) -> list[str]:
-    """Folders below that hold parameters, relative: all whose manifest has their checksums."""
+    """Folders below that hold parameters, relative: whose manifest has their checksums, or that have a model.json beside it."""
     return sorted(
         str(path.parent.relative_to(folder))
         for path in folder.rglob("manifest.json")
-        if "checksums" in json.loads(path.read_text())
+        if (path.parent / "model.json").exists() or "checksums" in json.loads(path.read_text())
     )
 
 
@@ -420,9 +422,8 @@ def examples(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
     """Every line of the files of examples, by file and number."""
     return {
         f"{path.relative_to(folder)}:{number}": json.loads(line)
-        for path in sorted(folder.rglob("*.jsonl"))
-        if path.name != "scores.jsonl"
-        for number, line in enumerate(path.read_text().splitlines())
+        for path in sorted((folder / EXAMPLES).rglob("*.jsonl.gz"))
+        for number, line in enumerate(gzip.decompress(path.read_bytes()).splitlines())
     }
 
 
