@@ -145,11 +145,11 @@ def merge(
 
     is_shown = joined.index == 0
     should_stop = preemption.should_stop_soon(joined)
-    planned = stage.plan(stage.Settings(**resolved.arguments))
+    on = priced_on() if is_dry_run else merge_price.On()
+    planned = stage.plan(stage.Settings(**resolved.arguments), is_elsewhere=on.mesh is not None)
     if is_shown:
         print(f"{resolved.text}\n{planned.describe()}\n", flush=True)
     if is_dry_run:
-        on = priced_on()
         if is_shown and on.mesh is not None:
             print(merge_price.described(merge_price.price(planned, on), on), flush=True)
         planned.close()

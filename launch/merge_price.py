@@ -41,14 +41,15 @@ class On:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Price:
-    """Of the whole merge, on hosts that share it evenly.
+    """Of the whole merge. Leaves are not cut between hosts, so one host has most to do, and the others wait for it.
 
     Attributes:
       hosts, chips: of all slices.
-      read_bytes, written_bytes: by one host, in all passes.
-      storage_s: all bytes at the storage's rate. network_s: one host's, in the direction that takes longer.
-      memory_s: every input into the chips' memory and out of it once a pass, every output once.
-      compute_s: OPERATIONS at the chips' peak.
+      read_bytes, written_bytes: by the busiest host, in all passes.
+      share: of all bytes that are the busiest host's; 1 / hosts where they share evenly.
+      storage_s: all bytes at the storage's rate. network_s: the busiest host's, in the direction that takes longer.
+      memory_s: its inputs into its chips' memory and out of it once a pass, its outputs once.
+      compute_s: OPERATIONS at the peak of its chips.
       host_bytes: buffers of one host. chip_bytes: what of these is on one chip.
     """
 
@@ -56,6 +57,7 @@ class Price:
     chips: int
     read_bytes: float
     written_bytes: float
+    share: float
     storage_s: float | None
     network_s: float | None
     memory_s: float
@@ -63,29 +65,49 @@ class Price:
     host_bytes: int
     chip_bytes: float
 
+    @property
+    def bounds(self) -> dict[str, float]:
+        """Seconds of each part that is known, by what they are spent on."""
+        parts = {
+            "storage": self.storage_s,
+            "network": self.network_s,
+            "HBM": self.memory_s,
+            "compute": self.compute_s,
+        }
+        return {name: seconds for name, seconds in parts.items() if seconds is not None}
+
 
 def price(planned: Plan, on: On) -> Price:
     """The price of a plan. Raises ValueError for a chip that is not known."""
     mesh, chip = on.mesh, chip_of(on.mesh.topology)
     hosts, chips = mesh.hosts * mesh.slices, mesh.chips * mesh.slices
-    read, written = planned.passes * planned.input_bytes, planned.output_bytes
-    elements = sum(spec.size for spec in planned.base_specs.values())
+    beside = sum(spec.nbytes for spec in planned.beside.values())
+    shares = []
+    for names in planned.shares(hosts):
+        read = planned.passes * planned.input_bytes_of(names)
+        written = sum(planned.specs[name].nbytes for name in names) + beside / hosts
+        shares.append((read, len(planned.merges) * written, names))
+    read, written, names = max(shares, key=lambda share: share[0] + share[1])
+    moved = planned.passes * planned.input_bytes + planned.output_bytes
+    elements = sum(planned.base_specs[name].size for name in names)
     operations = OPERATIONS * elements * len(planned.experts) * len(planned.merges) * planned.passes
+    its_chips = chips / hosts
     network_s = None
     if chip.network_bytes_per_s is not None:
-        network_s = max(read, written) / (chips * chip.network_bytes_per_s)
+        network_s = max(read, written) / (its_chips * chip.network_bytes_per_s)
     budget = planned.settings.memory_budget_bytes
     return Price(
         hosts=hosts,
         chips=chips,
-        read_bytes=read / hosts,
-        written_bytes=written / hosts,
-        storage_s=on.storage_bytes_per_s and (read + written) / on.storage_bytes_per_s,
+        read_bytes=read,
+        written_bytes=written,
+        share=(read + written) / moved,
+        storage_s=on.storage_bytes_per_s and moved / on.storage_bytes_per_s,
         network_s=network_s,
-        memory_s=2 * (read + written) / (chips * chip.memory_bytes_per_s),
-        compute_s=operations / (chips * chip.flops_per_s),
+        memory_s=2 * (read + written) / (its_chips * chip.memory_bytes_per_s),
+        compute_s=operations / (its_chips * chip.flops_per_s),
         host_bytes=budget,
-        chip_bytes=budget / (chips / hosts),
+        chip_bytes=budget / its_chips,
     )
 
 
@@ -97,14 +119,17 @@ def described(found: Price, on: On) -> str:
         return missing if value is None else f"{value:.3g} s"
 
     chip = chip_of(on.mesh.topology)
+    bound = max(found.bounds, key=lambda name: found.bounds[name])
     return "\n".join(
         [
             f"on         {on.mesh.slices} x {on.mesh.topology}: {found.chips} chips, {found.hosts} hosts, by published rates, at least:",
-            f"host       {size_text(found.read_bytes)} read, {size_text(found.written_bytes)} written by each",
+            f"host       {size_text(found.read_bytes)} read, {size_text(found.written_bytes)} written by the busiest,"
+            f" {found.share * found.hosts:.2f} times an even share",
             f"storage    {seconds(found.storage_s, 'not known: give STORAGE_BYTES_PER_S, what it gives to all hosts')}",
             f"network    {seconds(found.network_s, 'the rate of its hosts is not published')}",
             f"HBM        {seconds(found.memory_s, '')}, every byte in and out once a pass",
             f"compute    {seconds(found.compute_s, '')}, {OPERATIONS} operations an element",
+            f"bound      {found.bounds[bound]:.3g} s, by {bound}",
             f"memory     {size_text(found.host_bytes)} of buffers a host, {size_text(found.chip_bytes)} of a chip's"
             f" {size_text(chip.memory_bytes)} at most",
         ]

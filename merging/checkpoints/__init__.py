@@ -8,7 +8,7 @@ from typing import Any
 
 from etils import epath
 
-from merging.checkpoints import orbax, safetensors, t5x
+from merging.checkpoints import orbax, safetensors, t5x, tree_writer
 from merging.checkpoints.format import UNFINISHED_FILE, CheckpointError, LeafSpec, Reader, Writer
 from merging.checkpoints.huggingface import carried_files
 from merging.checkpoints.tree_writer import Tree
@@ -159,20 +159,45 @@ def open_writer(
         writer.carry(carried)
         return writer
     _refuse_state(optimizer_state)
-    # Shards are what processes share out among themselves, so there must be enough of them.
-    total = sum(spec.nbytes for spec in specs.values())
-    shard_bytes = min(shard_bytes, max(1, -(-total // process_count)))
+    shard_bytes = _shared_shard_bytes(specs, shard_bytes, process_count)
     number = len(safetensors.plan_shards(specs, shard_bytes))
     return safetensors.Writer(
         folder,
         specs,
         shard_bytes=shard_bytes,
         carry_from=carry_from,
-        shards_mine=range(process_index, number, process_count),
+        shards_mine=_shards_of(process_index, number, process_count),
         is_main=process_index == 0,
         config_dtype=dtype,
         is_resumed=is_resumed,
     )
+
+
+def shares(
+    name: str, specs: Mapping[str, LeafSpec], *, shard_bytes: int, process_count: int
+) -> list[list[str]]:
+    """The leaves that the writer of each process would write; arguments as `open_writer`'s.
+
+    A leaf is never cut: where few leaves hold most bytes, shares are uneven.
+    """
+    if name != "safetensors":
+        is_inline = t5x.is_inline if name == "t5x" else lambda spec: False
+        return tree_writer.shares(specs, process_count, is_inline)
+    shards = safetensors.plan_shards(specs, _shared_shard_bytes(specs, shard_bytes, process_count))
+    return [
+        [leaf for shard in _shards_of(i, len(shards), process_count) for leaf in shards[shard]]
+        for i in range(process_count)
+    ]
+
+
+def _shared_shard_bytes(specs: Mapping[str, LeafSpec], shard_bytes: int, process_count: int) -> int:
+    """Shards are what processes share out among themselves, so there must be enough of them."""
+    total = sum(spec.nbytes for spec in specs.values())
+    return min(shard_bytes, max(1, -(-total // process_count)))
+
+
+def _shards_of(process_index: int, number: int, process_count: int) -> range:
+    return range(process_index, number, process_count)
 
 
 def _refuse_state(optimizer_state: str) -> None:

@@ -258,6 +258,12 @@ def _check_tree(tree: Tree) -> None:
         )
 
 
+def is_inline(spec: LeafSpec) -> bool:
+    """Whether a legacy checkpoint has a leaf in its msgpack file, which the main process writes."""
+    keys = spec.name.split("/")
+    return spec.size <= 1 or (keys[0] == _ITEM and keys[-1] in _FACTORS)
+
+
 class Writer(TreeWriter):
     """A legacy T5X checkpoint being written; see `TreeWriter` for the arguments, and the module there for several processes.
 
@@ -302,8 +308,7 @@ class Writer(TreeWriter):
         self._inline: dict[str, np.ndarray] = {}
 
     def _is_inline(self, spec: LeafSpec) -> bool:
-        keys = spec.name.split("/")
-        return spec.size <= 1 or (keys[0] == _ITEM and keys[-1] in _FACTORS)
+        return is_inline(spec)
 
     def _begin(self, leaf: Leaf) -> Assembler:
         if self._is_inline(leaf.spec):

@@ -19,7 +19,7 @@ import errno
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -192,7 +192,7 @@ class TreeWriter:
         self.checksums_beside: dict[str, dict[str, str]] = {}
         self._leaves = tree.leaves
         self._extra = {name: (extra or {})[name] for name in tree.extra}
-        self.names_mine = _share(specs, process_index, process_count, self._is_inline)
+        self.names_mine = shares(specs, process_count, self._is_inline)[process_index]
         self._mine = frozenset(self.names_mine)
         owners = (
             0 if self._is_inline(s) else i % process_count for i, s in enumerate(tree.rest.values())
@@ -361,16 +361,17 @@ def memory_bytes(
     return held + batches
 
 
-def _share(specs: Mapping[str, LeafSpec], index: int, count: int, is_inline: Any) -> list[str]:
-    """The leaves of one process: runs in storage order of about as many bytes each; inline ones are the main one's."""
+def shares(
+    specs: Mapping[str, LeafSpec], count: int, is_inline: Callable[[LeafSpec], bool]
+) -> list[list[str]]:
+    """The leaves of each process: runs in storage order of about as many bytes each; inline ones are the main one's."""
     total = sum(spec.nbytes for spec in specs.values())
-    before, mine = 0, []
+    before, names = 0, [[] for _ in range(count)]
     for name, spec in specs.items():
         owner = 0 if is_inline(spec) or not total else min(count - 1, before * count // total)
         before += spec.nbytes
-        if owner == index:
-            mine.append(name)
-    return mine
+        names[owner].append(name)
+    return names
 
 
 @runtime_checkable

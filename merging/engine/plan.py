@@ -6,14 +6,14 @@ import contextlib
 import dataclasses
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
 from merging import manifest
-from merging.checkpoints import FORMATS, check_writable, open_checkpoint
+from merging.checkpoints import FORMATS, check_writable, open_checkpoint, shares
 from merging.checkpoints.format import LeafSpec, Reader
 from merging.checkpoints.layout_reader import BUFFER_BYTES, LayoutReader
 from merging.checkpoints.tied import tied
@@ -126,9 +126,14 @@ class Plan:
     @property
     def input_bytes(self) -> int:
         """Of all inputs, as far as they matter, read once."""
+        return self.input_bytes_of(self.base_specs)
+
+    def input_bytes_of(self, names: Iterable[str]) -> int:
+        """The same of some leaves."""
         experts = [reader.specs() for reader in self.experts]
         total = 0
-        for name, spec in self.base_specs.items():
+        for name in names:
+            spec = self.base_specs[name]
             kept = sum(t.size - t.first_element for t in self.tensors[name] if t.is_kept)
             itemsizes = sum(specs[name].dtype.itemsize for specs in experts if name in specs)
             total += spec.nbytes + (spec.size - kept) * itemsizes
@@ -139,6 +144,15 @@ class Plan:
         """Of all outputs."""
         written = [*self.specs.values(), *self.beside.values()]
         return len(self.merges) * sum(spec.nbytes for spec in written)
+
+    def shares(self, process_count: int) -> list[list[str]]:
+        """The leaves that each of so many processes would read, merge and write."""
+        return shares(
+            self.format,
+            self.specs,
+            shard_bytes=self.settings.shard_bytes,
+            process_count=process_count,
+        )
 
     def close(self) -> None:
         """Closes the readers."""
@@ -179,8 +193,10 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan(settings: Settings) -> Plan:
+def plan(settings: Settings, *, is_elsewhere: bool = False) -> Plan:
     """Checks everything that can be known from headers.
+
+    `is_elsewhere`: the merge will run on other machines, so this one's free space is not asked for.
 
     Raises ValueError (CheckpointError, OutputError) saying what was found, wanted, where, and what to do.
     """
@@ -277,7 +293,7 @@ def plan(settings: Settings) -> Plan:
         }
         outputs = {name: output / name if name else output for name in merges}
         is_done = manifest.is_done(output, identity)
-        if not is_done:
+        if not is_done and not is_elsewhere:
             written = [*specs.values(), *beside.values()]
             manifest.check_free_space(output, len(merges) * sum(spec.nbytes for spec in written))
         asking = [each for each in merges.values() if each.asks_survey]

@@ -550,7 +550,9 @@ def make(folder: pathlib.Path, parameters: int, experts: int) -> Inputs:
     made = Inputs(folder / f"llama_{size}_x_{experts}", count(specs), experts)
     if not made.folder.exists():
         with staged(made) as partial:
-            fill(partial, specs, llama_config(size))
+            fill(partial, specs)
+            for each in partial.folders:
+                (each / "config.json").write_text(json.dumps(llama_config(size), indent=1))
     return made
 
 
@@ -616,7 +618,7 @@ def staged(made: Inputs) -> Iterator[Inputs]:
     partial.folder.rename(made.folder)
 
 
-def fill(inputs: Inputs, specs: Mapping[str, LeafSpec], config: Mapping[str, Any]) -> None:
+def fill(inputs: Inputs, specs: Mapping[str, LeafSpec]) -> None:
     """Writes random weights, leaf by leaf."""
     folders = inputs.folders
     writers = [safetensors.Writer(f, specs, shard_bytes=5_000_000_000) for f in folders]
@@ -633,9 +635,8 @@ def fill(inputs: Inputs, specs: Mapping[str, LeafSpec], config: Mapping[str, Any
             writer.write(spec.name, whole, stored)
             if base is None:
                 base = stored.astype(np.float32)
-    for folder, writer in zip(folders, writers, strict=True):
+    for writer in writers:
         writer.commit()
-        (folder / "config.json").write_text(json.dumps(config, indent=1))
 
 
 def repeat(inputs: Inputs, experts: int, times: int) -> Inputs:

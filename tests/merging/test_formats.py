@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import merging
-from merging.checkpoints import FORMATS, open_checkpoint
+from merging.checkpoints import FORMATS, memory, open_checkpoint, open_writer, shares
 from merging.convert import Settings, convert
 from merging.convert import plan as plan_convert
 from merging.engine import plan
@@ -152,3 +152,28 @@ def test_an_unknown_format_is_refused(inputs, tmp_path: pathlib.Path):
         merging.merge_checkpoints(
             **plain, output_dir=tmp_path / "out", method=Averaging(), format="gguf"
         )
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_shares_are_what_writers_take(name: str, tmp_path: pathlib.Path):
+    shapes = {"a": (300, 8), "b": (), "c": (5,), "d": (40, 8), "e": (1,), "f": (70, 8)}
+    arrays = {n: np.zeros(shape, np.float32) for n, shape in shapes.items()}
+    like = memory.Reader(arrays)
+    for count in (1, 2, 3, 7):
+        taken = []
+        for index in range(count):
+            (folder := tmp_path / f"{count}_{index}").mkdir()
+            with contextlib.closing(
+                open_writer(
+                    name,
+                    folder,
+                    like.specs(),
+                    like=like,
+                    shard_bytes=2_000,
+                    process_index=index,
+                    process_count=count,
+                )
+            ) as writer:
+                taken.append(writer.names_mine)
+        assert shares(name, like.specs(), shard_bytes=2_000, process_count=count) == taken
+        assert sorted(sum(taken, [])) == sorted(shapes)

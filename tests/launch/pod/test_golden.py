@@ -14,7 +14,7 @@ from launch.pod.programs import Programs
 from tests.launch.pod import conftest
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-MESHES = ("v5e-256", "v5e-256x4", "v4-128", "v5p-512")
+MESHES = ("v5e-64", "v5e-256", "v5e-256x4", "v4-128", "v5p-512")
 COMMAND = [
     "python",
     "-m",
