@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from launch import allocation
+
 if TYPE_CHECKING:  # both bring what --help does without
     from merging.evaluation.examples import Task
     from tasks.evaluation import EvaluationSet
@@ -88,6 +90,7 @@ def evaluation_tasks(
         "lengths": dict(asked.lengths),
         **identity.of_tasks(each.info.name for each in sets),
     }
+    allocation.keep_freed_memory()  # TensorFlow, which has read rows, has set it otherwise
     return [_task(each, asked) for each in sets], depends_on
 
 

@@ -9,6 +9,8 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from launch import allocation
+
 if TYPE_CHECKING:  # both bring what --help does without
     from merging.finetune import Mixture
     from merging.models.model_file import Vocabulary
@@ -66,7 +68,9 @@ def mixtures(asked: Mixtures, registered: Mapping[str, Any], *, train_rows: int)
     import tasks
 
     tasks.register(**registered)
-    return [_mixture(name, asked, registered, train_rows) for name in asked.every]
+    found = [_mixture(name, asked, registered, train_rows) for name in asked.every]
+    allocation.keep_freed_memory()  # TensorFlow, which has read rows, has set it otherwise
+    return found
 
 
 def _mixture(name: str, asked: Mixtures, registered: Mapping[str, Any], train_rows: int) -> Mixture:
