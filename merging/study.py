@@ -475,12 +475,12 @@ class Report:
 
     def describe(self) -> str:
         """The report as text."""
-        made = ", ".join(f"{count} {phase}" for phase, count in self.made.items())
+        made = ", ".join(f"{count} {phase}" for phase, count in self.made.items()) or "nothing"
         parts = dataclasses.asdict(self.spent)
         parts["rest"] = self.seconds - sum(parts.values())
         told = ", ".join(f"{name} {value:.1f}" for name, value in parts.items())
         lines = [f"made       {made} in {self.seconds:.1f} s", f"seconds    {told}"]
-        if self.seconds:
+        if self.spent.work:  # else there is nothing to have a share in
             outside = 1 - self.spent.work / self.seconds
             lines.append(
                 f"shares     {outside:.1%} of the time outside training steps, merges and forward passes"
