@@ -30,6 +30,7 @@ HEARTBEAT_TIMEOUT_S = 60
 _SIGNS = 10  # signs of life within that time
 _PATIENCE = 0.6  # of that time: before jax ends this process, whose message then stands below ours
 _TURN_S = 5.0  # within which one who has connected must say who it is
+_HANG_UP_S = 1.0  # for all to hear the last word
 
 
 class PeersMissing(Exception):
@@ -117,7 +118,8 @@ def _gather(
                 before.close()
             present[said["index"]] = connection
             if len(present) == count - 1:
-                present = {i: each for i, each in present.items() if _is_open(each)}
+                for i in [i for i, each in present.items() if not _is_open(each)]:
+                    present.pop(i).close()
         opened.pop_all()
     server.close()  # before the others are told: they bring jax to this port
     _tell(present.values(), {})
@@ -232,9 +234,7 @@ class _Watch:
                     if words:
                         heard[index] = time.monotonic()
                         lost.discard(index)
-                        for line in words.decode(errors="replace").split("\n"):
-                            if line:
-                                self._say(line)
+                        self._pass_on(words)
                         continue
                     selector.unregister(key.fileobj)
                     del heard[index]
@@ -253,6 +253,10 @@ class _Watch:
                 if any(seconds > self._timeout_s for seconds in silence.values()):
                     self._end_unless_joined()
 
+    def _pass_on(self, words: bytes) -> None:
+        for line in filter(None, words.decode(errors="replace").split("\n")):
+            self._say(line)
+
     def _tell(self, text: str) -> None:
         self._say(text)
         if 0 not in self._connections:  # this is process 0, and the only one that all hear
@@ -269,7 +273,19 @@ class _Watch:
 
     def _end_unless_joined(self) -> None:
         if not self.is_joined.is_set():
+            self._hang_up()
             os._exit(exit_codes.BROKEN)  # the main thread is in jax, which waits
+
+    def _hang_up(self) -> None:
+        """Lets what was told arrive: the system drops it where a process ends with signs of the other side unread."""
+        deadline = time.monotonic() + _HANG_UP_S
+        for connection in self._connections.values():
+            with contextlib.suppress(OSError):  # who has gone, or gives no answer
+                connection.shutdown(socket.SHUT_WR)
+                while (left := deadline - time.monotonic()) > 0:
+                    connection.settimeout(left)
+                    if not connection.recv(65536):
+                        break
 
 
 def _received(connection: socket.socket) -> bytes:
