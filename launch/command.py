@@ -21,9 +21,8 @@ def run(main: Callable[[devices.Processes], None]) -> None:
 
 
 def _tell_retries(joined: devices.Processes) -> None:
-    from merging.checkpoints.storage import retried_requests
-
-    if count := retried_requests():
+    storage = sys.modules.get("merging.checkpoints.storage")  # else nothing was read
+    if storage is not None and (count := storage.retried_requests()):
         by = f" of {joined.name}" if joined.count > 1 else ""
         print(
             f"{count:,} requests{by} to object storage failed and were made again", file=sys.stderr

@@ -44,7 +44,9 @@ _DEVICES = flags.DEFINE_integer(
     "Virtual CPU devices of each process; default 4, and 1 of a worker.",
     lower_bound=1,
 )
-_TIMEOUT_S = flags.DEFINE_float("timeout_s", None, "End all after so many seconds; default never.")
+_TIMEOUT_S = flags.DEFINE_float(
+    "timeout_s", None, "End all after so many seconds, of workers in each phase; default never."
+)
 
 
 class ProcessFailed(RuntimeError):

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from etils import epath
 
 from merging.checkpoints.format import CheckpointError
-from merging.checkpoints.storage import is_local, list_remote, read_remote
+from merging.checkpoints.storage import is_local, list_remote, read_at, read_remote
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,12 +117,7 @@ class Folder:
     def _read_local(self, name: str, blob: Blob, offset: int, buffer: memoryview) -> int:
         descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            done, start = 0, blob.offset + offset
-            while done < len(buffer):
-                count = os.preadv(descriptor, [buffer[done:] if done else buffer], start + done)
-                if not count:
-                    break
-                done += count
+            done = read_at(descriptor, blob.offset + offset, buffer)
             # After the read: a change before it or during it is seen.
             self._compare(name, blob.file, _identity(os.fstat(descriptor)))
             return done

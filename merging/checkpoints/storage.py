@@ -154,14 +154,7 @@ class ByteSource:
         self._identity = (found.st_size, found.st_mtime_ns, found.st_ino)
 
     def _read_local(self, offset: int, buffer: memoryview) -> int:
-        """Bytes read; fewer than wanted only at the end of the file."""
-        done, wanted = 0, len(buffer)
-        while done < wanted:
-            count = os.preadv(self._descriptor, [buffer[done:] if done else buffer], offset + done)
-            if not count:
-                break
-            done += count
-        return done
+        return read_at(self._descriptor, offset, buffer)
 
     def _check_unchanged(self) -> None:
         found = os.stat(self._name)
@@ -231,6 +224,17 @@ def retried_requests() -> int:
     """Requests to object storage that failed and were made again, of this process."""
     gcs = sys.modules.get("merging.checkpoints.gcs")  # else there was none
     return 0 if gcs is None else gcs.retried()
+
+
+def read_at(descriptor: int, offset: int, buffer: memoryview) -> int:
+    """Fills `buffer` from a local file; bytes read, fewer than wanted only at its end."""
+    done, wanted = 0, len(buffer)
+    while done < wanted:
+        count = os.preadv(descriptor, [buffer[done:] if done else buffer], offset + done)
+        if not count:
+            break
+        done += count
+    return done
 
 
 def read_remote(path: epath.PathLike, offset: int, buffer: memoryview) -> int:
@@ -361,15 +365,10 @@ class ByteSink:
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fills `buffer` from a kept file, with zeros beyond its end."""
         with naming(self.path):
-            if not self._is_local:
-                done = read_remote(self.path, offset, buffer)
+            if self._is_local:
+                done = read_at(self._descriptor, offset, buffer)
             else:
-                done = os.preadv(self._descriptor, [buffer], offset)
-            while self._is_local and 0 < done < len(buffer):
-                more = os.preadv(self._descriptor, [buffer[done:]], offset + done)
-                if not more:
-                    break
-                done += more
+                done = read_remote(self.path, offset, buffer)
         buffer[done:] = bytes(len(buffer) - done)
 
     def close(self) -> None:

@@ -84,19 +84,27 @@ TEN: dict[str, tuple[str, dict[str, float]]] = {
 def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = parse(arguments)
-    with contextlib.ExitStack() as cleanup:
-        folder = options.work_dir
-        if folder is None:
-            folder = pathlib.Path(cleanup.enter_context(tempfile.TemporaryDirectory()))
-        folder = folder.resolve()
+    with work_folder(options.work_dir) as folder:
         bench = Bench(folder, options)
-        shown = [f for f in arguments if not f.startswith("--work_dir")]  # says nothing to others
-        print(f"`{' '.join(['python -m tests.benchmarks.merge', *shown])}`")
-        print(f"{machine()}\n", flush=True)
+        print(f"{heading('merge', arguments)}\n", flush=True)
         inputs = make(folder, round(options.parameters), options.experts)
         print(f"{inputs.describe()}.\n", flush=True)
         for part in options.parts:
             part(bench, inputs)
+
+
+@contextlib.contextmanager
+def work_folder(given: pathlib.Path | None) -> Iterator[pathlib.Path]:
+    """The folder that was given, or one that goes at the end."""
+    with contextlib.ExitStack() as cleanup:
+        folder = given or pathlib.Path(cleanup.enter_context(tempfile.TemporaryDirectory()))
+        yield folder.resolve()
+
+
+def heading(benchmark: str, arguments: Sequence[str]) -> str:
+    """The command, but for the folder, which says nothing to others, and the machine."""
+    shown = [f for f in arguments if not f.startswith("--work_dir")]
+    return f"`{' '.join([f'python -m tests.benchmarks.{benchmark}', *shown])}`\n{machine()}"
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

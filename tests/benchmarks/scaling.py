@@ -18,14 +18,12 @@ The ideal is the time of one process divided by their number (each), or that tim
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 
 from launch.pod.local import run_local
@@ -56,13 +54,8 @@ class Run:
 def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = parse(arguments)
-    with contextlib.ExitStack() as cleanup:
-        folder = options.work_dir
-        if folder is None:
-            folder = pathlib.Path(cleanup.enter_context(tempfile.TemporaryDirectory()))
-        folder = folder.resolve()
-        shown = [f for f in arguments if not f.startswith("--work_dir")]
-        print(f"`{' '.join(['python -m tests.benchmarks.scaling', *shown])}`\n{bench.machine()}\n")
+    with bench.work_folder(options.work_dir) as folder:
+        print(f"{bench.heading('scaling', arguments)}\n")
         inputs = make(folder, options)
         print(f"{inputs.describe()}, by {options.method}.\n", flush=True)
         rates = {"free": 0.0, "each": options.each, "all": options.all}

@@ -29,7 +29,6 @@ import argparse
 import atexit
 import dataclasses
 import importlib
-import json
 import multiprocessing
 import os
 import pathlib
@@ -40,14 +39,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from launch import command, exit_codes
 from launch.pod import local
-from tests import models
+from tests import models, score_files
 from tests.campaigns import finetune_kills, merge_kills
 from tests.launch import proxy, small_palm
 
@@ -113,8 +112,7 @@ def _merge(inputs: pathlib.Path, output: pathlib.Path) -> list[str]:
 
 
 def _other_files(output: pathlib.Path, unbroken: pathlib.Path) -> list[str]:
-    found, wanted = (merge_kills.files(each) for each in (output, unbroken))
-    return [name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)]
+    return _other(merge_kills.files(output), merge_kills.files(unbroken))
 
 
 SCORED = ("a", "b", "c", "d")  # names of one model: scores are put on disk after each
@@ -177,18 +175,11 @@ def _study(inputs: pathlib.Path, output: pathlib.Path) -> list[str]:
 
 
 def _other_scores(output: pathlib.Path, unbroken: pathlib.Path) -> list[str]:
-    found, wanted = _scores(output), _scores(unbroken)
+    return _other(score_files.read_all(output), score_files.read_all(unbroken))
+
+
+def _other(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     return [name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)]
-
-
-def _scores(output: pathlib.Path) -> dict[str, list[Any]]:
-    """Of every file of scores, but for seconds."""
-    return {
-        str(path.relative_to(output)): [
-            json.loads(line) | {"seconds": None} for line in path.read_text().splitlines()
-        ]
-        for path in output.rglob("scores.jsonl")
-    }
 
 
 def _nothing(folder: pathlib.Path) -> None:

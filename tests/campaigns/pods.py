@@ -43,6 +43,7 @@ from merging.checkpoints.boxes import whole
 from merging.checkpoints.safetensors_header import read_header
 from merging.checkpoints.storage import ByteSource
 from merging.evaluation.collect import EXAMPLES
+from tests import score_files
 from tests.benchmarks import merge as bench
 
 RELATIVE = 1e-5  # of losses and log-likelihoods: float32 sums in another order
@@ -391,13 +392,10 @@ def compare_scores(
 def scores(folder: pathlib.Path) -> Scores:
     """Every line but for its seconds, by file, model, task and metric."""
     found: Scores = {}
-    for path in sorted(folder.rglob("scores.jsonl")):
-        for line in path.read_text().splitlines():
-            score = json.loads(line)
-            del score["seconds"]
-            keys = [str(path.parent.relative_to(folder))]
-            keys += [str(score.get(k)) for k in ("model", "task", "prompt", "metric")]
-            found[tuple(keys)] = score
+    for place, lines in score_files.read_all(folder).items():
+        for score in lines:
+            keys = [str(score.get(k)) for k in ("model", "task", "prompt", "metric")]
+            found[place, *keys] = score
     return found
 
 

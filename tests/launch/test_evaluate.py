@@ -17,6 +17,7 @@ import pytest
 from launch import devices, evaluate, exit_codes
 from launch.pod.local import run_local
 from merging import evaluate as stage
+from tests import score_files
 from tests.launch import small_palm
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
@@ -47,12 +48,6 @@ def run(*where: pathlib.Path, is_dry_run: bool = False, **changes: Any) -> Any:
     return evaluate.evaluate(resolved, ALONE, is_dry_run=is_dry_run)
 
 
-def lines(output: pathlib.Path) -> list[dict[str, Any]]:
-    """scores.jsonl without the seconds."""
-    found = [json.loads(line) for line in (output / "scores.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in found]
-
-
 def records(output: pathlib.Path, model: str = "small") -> dict[str, list[dict[str, Any]]]:
     """Every example by the name of its file."""
     found = {}
@@ -76,7 +71,7 @@ def test_scores_are_the_metrics_of_the_examples_that_are_written(whole: pathlib.
     assert list(records(whole)) == ["causes_mini_choose.jsonl.gz", "opposites_mini_which.jsonl.gz"]
     right = [each["prediction"] == each["target"] for each in ranked]
     exact = [each["prediction"] in each["target"] for each in written]
-    found = {(line["task"], line["metric"]): line for line in lines(whole)}
+    found = {(line["task"], line["metric"]): line for line in score_files.read(whole)}
     accuracy = found["causes_mini", "accuracy"]
     assert (accuracy["value"], accuracy["count"], accuracy["chance"]) == (np.mean(right), 5, 0.5)
     assert found["opposites_mini", "exact_match"]["value"] == np.mean(exact)
@@ -108,7 +103,7 @@ def test_an_answer_that_is_right_counts_one(checkpoint: pathlib.Path, tmp_path: 
     assert [each["prediction"] for each in examples] == [said] * 5
     right = [said in each["target"] for each in examples]
     assert right[0] and not all(right)
-    found = {line["metric"]: line["value"] for line in lines(tmp_path / "out")}
+    found = {line["metric"]: line["value"] for line in score_files.read(tmp_path / "out")}
     assert found["exact_match"] == found["f1"] == np.mean(right)
 
 
@@ -216,7 +211,7 @@ def test_two_processes_of_four_devices_give_the_same(
     shared = command(checkpoint, tmp_path / "out", WRITE_EXAMPLES=True)
     outputs = run_local(shared, processes=2, devices=4, timeout_s=300, echo=lambda _: None)
     assert ["10 examples in" in each for each in outputs] == [True, False]
-    assert lines(tmp_path / "out") == lines(whole)
+    assert score_files.read(tmp_path / "out") == score_files.read(whole)
     for name, wanted in records(whole).items():
         for mine, theirs in zip(records(tmp_path / "out")[name], wanted, strict=True):
             scores = mine.pop("choice_scores", []), theirs.pop("choice_scores", [])
@@ -242,9 +237,9 @@ def test_sigterm_keeps_the_scores_and_the_same_command_goes_on(
         with pytest.raises(SystemExit) as ended:
             run(checkpoint, tmp_path / "out")
     assert ended.value.code == exit_codes.PREEMPTED
-    assert {line["task"] for line in lines(tmp_path / "out.partial")} == {"causes_mini"}
+    assert {line["task"] for line in score_files.read(tmp_path / "out.partial")} == {"causes_mini"}
     assert run(checkpoint, tmp_path / "out").examples == 5
-    assert lines(tmp_path / "out") == lines(whole)
+    assert score_files.read(tmp_path / "out") == score_files.read(whole)
     signal.signal(signal.SIGTERM, before)
 
 
@@ -261,8 +256,10 @@ def test_a_run_that_is_killed_goes_on_and_gives_the_same(
     )
     assert killed.returncode == -signal.SIGKILL
     assert not ended.exists() and any(partial.glob("scores.jsonl.*.tmp"))
-    assert {line["model"] for line in lines(partial)} == {"a"}
+    assert {line["model"] for line in score_files.read(partial)} == {"a"}
     again = run(checkpoint, ended, **given)
     assert again.examples == 10  # the second model's
-    assert lines(ended) == [line | {"model": name} for name in both for line in lines(whole)]
+    assert score_files.read(ended) == [
+        line | {"model": name} for name in both for line in score_files.read(whole)
+    ]
     assert not any(ended.glob("*.tmp"))

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from launch import devices, study
-from tests import buckets
+from tests import buckets, score_files
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 TINY = [
@@ -53,29 +53,38 @@ def test_quick_study_from_nothing_to_the_report(whole: tuple[pathlib.Path, str])
 
 
 @pytest.mark.slow
+def test_killed_three_times_it_ends_with_the_same_scores(
+    whole: tuple[pathlib.Path, str], tmp_path: pathlib.Path
+):
+    kill_three_times(tmp_path)
+    assert scores(tmp_path) == scores(whole[0])
+
+
+@pytest.mark.slow
 def test_killed_three_times_in_a_bucket_it_ends_with_the_same_scores(
     whole: tuple[pathlib.Path, str], tmp_path: pathlib.Path
 ):
-    """All that a study holds, models, scores and report, in an object store; killed by SIGKILL and gone on with."""
+    """All that a study holds, models, scores and report, in an object store."""
     pytest.importorskip("gcsfs")
     with buckets.store(tmp_path) as store:
-        there = {"output": "gs://bucket/study", "environment": buckets.environment(store.address)}
-        for line in ("experts 2/9", "experts 6/9", "cells 5/12"):
-            with started(tmp_path, **there, stderr=subprocess.PIPE) as process:
-                assert any(told.startswith(line) for told in process.stderr), line
-                process.kill()  # in the middle of what comes next
-        assert "scores of 12 of 12 models" in run(tmp_path, **there)
+        environment = buckets.environment(store.address)
+        kill_three_times(tmp_path, output="gs://bucket/study", environment=environment)
         assert scores(store.folder) == scores(whole[0])
         assert (store.folder / "study/report/index.html").stat().st_size > 10_000
 
 
-def scores(place: pathlib.Path) -> dict[str, list[Any]]:
-    """Of every model, but for seconds."""
-    found = {}
-    for path in sorted((place / "study/scores").rglob("scores.jsonl")):
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        found[str(path.relative_to(place))] = [line | {"seconds": None} for line in lines]
-    return found
+def kill_three_times(place: pathlib.Path, **where: Any) -> None:
+    """By SIGKILL, and gone on with to the end; arguments as of `started`."""
+    for line in ("experts 2/9", "experts 6/9", "cells 5/12"):
+        with started(place, **where, stderr=subprocess.PIPE) as process:
+            assert any(told.startswith(line) for told in process.stderr), line
+            process.kill()  # in the middle of what comes next
+    assert "scores of 12 of 12 models" in run(place, **where)
+
+
+def scores(place: pathlib.Path) -> dict[str, Any]:
+    """Of every model."""
+    return score_files.read_all(place / "study/scores")
 
 
 def started(

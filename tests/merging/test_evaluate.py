@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from merging import evaluate
 from merging.evaluation.collect import ScoresFile
 from merging.models import model_file
+from tests import score_files
 from tests.merging.evaluation.test_evaluator import MODEL, OPTIONS, TASKS, params
 from tests.merging.models import families
 
@@ -37,11 +38,6 @@ def settings(checkpoints, output: pathlib.Path, **changes) -> evaluate.Settings:
     return evaluate.Settings(output_dir=str(output), checkpoints=checkpoints, **options | changes)
 
 
-def lines(output: pathlib.Path) -> list[dict]:
-    found = [json.loads(line) for line in (output / "scores.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in found]
-
-
 def planned(checkpoints, output: pathlib.Path, tasks=TASKS, **changes) -> evaluate.Plan:
     return evaluate.plan(
         settings(checkpoints, output, **changes), tasks, tasks_identity={"of": "test"}
@@ -52,7 +48,7 @@ def test_a_run_that_was_ended_goes_on_and_gives_the_same(checkpoints, tmp_path, 
     monkeypatch.setattr(evaluate, "SAVE_TOKENS", 1)  # after each task
     whole, ended = tmp_path / "whole", tmp_path / "ended"
     report = evaluate.run(planned(checkpoints, whole, write_examples=True))
-    assert [(s["model"], s["task"], s["metric"]) for s in lines(whole)] == [
+    assert [(s["model"], s["task"], s["metric"]) for s in score_files.read(whole)] == [
         (model, task, metric)
         for model in "ab"
         for task, metric in [
@@ -74,7 +70,7 @@ def test_a_run_that_was_ended_goes_on_and_gives_the_same(checkpoints, tmp_path, 
     assert 5 < before < 10
     again = evaluate.run(planned(checkpoints, ended, write_examples=True))
     assert 0 < again.examples < report.examples / 2
-    assert lines(ended) == lines(whole)
+    assert score_files.read(ended) == score_files.read(whole)
     third = evaluate.run(planned(checkpoints, ended, write_examples=True))
     assert third.was_done and len(third.scores) == 10
     manifests = [json.loads((each / "manifest.json").read_text()) for each in (whole, ended)]
