@@ -46,11 +46,13 @@ def ours(folder: pathlib.Path) -> tuple[Decoder, Any]:
 
 
 @functools.cache
-def theirs(folder: pathlib.Path) -> tuple[Any, Any]:
+def theirs(folder: pathlib.Path, exact: bool = False) -> tuple[Any, Any]:
     transformers = pytest.importorskip("transformers", reason="needs the extra `peers`")
     torch = pytest.importorskip("torch", reason="needs the extra `peers`")
     return (
-        transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float64 if exact else torch.float32
+        ),
         transformers.AutoTokenizer.from_pretrained(folder),
     )
 
@@ -63,10 +65,11 @@ def folder(request: pytest.FixtureRequest, real_checkpoints: pathlib.Path) -> pa
     return folder
 
 
-def their_logits(folder: pathlib.Path, tokens: np.ndarray) -> np.ndarray:
+def their_logits(folder: pathlib.Path, tokens: np.ndarray, exact: bool = False) -> np.ndarray:
+    """In float32, or in float64 if `exact`."""
     import torch
 
-    model, _ = theirs(folder)
+    model, _ = theirs(folder, exact)
     with torch.no_grad():
         return model(torch.tensor(tokens.astype(np.int64))).logits.numpy()
 
@@ -79,17 +82,29 @@ def prompts_of(folder: pathlib.Path) -> list[list[int]]:
 
 
 def test_logits_equal(folder: pathlib.Path):
-    """On text, and on 600 tokens drawn alike, which is beyond gemma's window of 512."""
+    """On text, and on 600 tokens drawn alike, which is beyond gemma's window of 512.
+
+    Drawn tokens can be chaotic: at one of SmolLM2's 600 places the peer's own float32 is 0.0095 from its float64 on some CPUs, five
+    times as far as ours. So what the peer itself rounds away there is allowed on top; on text nothing is.
+    """
     model, params = ours(folder)
     forward = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens))
     drawn = np.random.default_rng(0).integers(0, model.config.vocab_size, 600)
-    worst = {}
-    for name, row in (("text", sum(prompts_of(folder), [])), ("drawn", drawn)):
-        tokens = np.array(row, np.int32)[None]
-        wanted = their_logits(folder, tokens)
-        worst[name] = float(np.abs(np.asarray(forward(params, tokens)) - wanted).max())
-    print(f"\n{folder.name}: largest difference of logits {worst}")
-    assert max(worst.values()) < TOLERANCES[folder.name]
+    text, drawn = (np.array(row, np.int32)[None] for row in (sum(prompts_of(folder), []), drawn))
+
+    def distance(tokens: np.ndarray) -> float:
+        return float(
+            np.abs(np.asarray(forward(params, tokens)) - their_logits(folder, tokens)).max()
+        )
+
+    on_text, on_drawn = distance(text), distance(drawn)
+    rounded_away = float(
+        np.abs(their_logits(folder, drawn) - their_logits(folder, drawn, exact=True)).max()
+    )
+    print(f"\n{folder.name}: largest difference of logits {on_text:.2g} on text, {on_drawn:.2g} on drawn tokens, "
+          f"where the peer's float32 is {rounded_away:.2g} from its float64")  # fmt: skip
+    assert on_text < TOLERANCES[folder.name]
+    assert on_drawn < TOLERANCES[folder.name] + rounded_away
 
 
 def test_greedy_tokens_equal(folder: pathlib.Path):
