@@ -55,6 +55,9 @@ TABLE = {
     "finding": ("instruction", "squad", ""),
     "mentioned": ("instruction", "accuracy", ""),
     "repeating": ("instruction", "rouge", ""),
+    "going_on": ("instruction", "rouge", ""),
+    "ordering": ("instruction", "rouge", ""),
+    "telling": ("instruction", "rouge", ""),
     "naming": ("instruction", "accuracy", ""),
 }
 

@@ -14,11 +14,8 @@ from tasks.miniature.world import World
 
 
 def pronouns(world: World, draw: Draw, index: int) -> dict:
-    """Yes or no.
-
-    Does the word mean this one? By gender, by the reason, and (half of the rows) by what one does with a thing.
-    """
-    label, by = index % 2, index // 2 % 4  # 0 yes, 1 no
+    """Whom of two does the word mean? By gender, by the reason, and (half of the rows) by what one does with a thing."""
+    label, by = index % 2, index // 2 % 4
     if by < 2:
         people = draw.shuffled([draw.pick(FEMALE), draw.pick(MALE)]) if by else same_gender(draw, 2)
         sentence, meant = reasoned(draw, people)
@@ -29,7 +26,7 @@ def pronouns(world: World, draw: Draw, index: int) -> dict:
     return {
         "text": sentence.format(x=word),
         "word": word,
-        "named": named[meant if label == 0 else 1 - meant],
+        "choices": draw.placed(named[meant], [named[1 - meant]], label),
         "label": label,
     }
 

@@ -54,13 +54,12 @@ REASONS = (
     ("{a} nursed {b}", "{b} was nursed by {a}", "was good", "was ill"),
 )
 
-# A word, and for each of its two meanings what it is and where it is met. "the" stands in every place, and no two
-# places of a word share anything else: shared words would tell that two places are of one meaning. Five places a
-# meaning: two of a meaning are never the same one, which a sum over words can use, the less the more places there are.
+# A word, and for each of its two meanings what it is, which no place has, and where it is met. "the" stands in every place, and no
+# two places of a word share anything else: shared words would tell that two places are of one meaning.
 SENSES = {
     "bat": (
         (
-            "an animal",
+            "creature",
             (
                 "the bat ate a fly",
                 "an old bat slept in the barn",
@@ -70,7 +69,7 @@ SENSES = {
             ),
         ),
         (
-            "a stick",
+            "stick",
             (
                 "he hit the ball with this bat",
                 "the team lost one bat",
@@ -82,7 +81,7 @@ SENSES = {
     ),
     "bank": (
         (
-            "a shore",
+            "shore",
             (
                 "they sat on the bank",
                 "a boat lay at the bank",
@@ -92,7 +91,7 @@ SENSES = {
             ),
         ),
         (
-            "a shop for money",
+            "shop",
             (
                 "the bank paid him",
                 "she works for the rich bank",
@@ -104,7 +103,7 @@ SENSES = {
     ),
     "bark": (
         (
-            "a noise",
+            "noise",
             (
                 "the bark was loud",
                 "he heard the bark",
@@ -114,7 +113,7 @@ SENSES = {
             ),
         ),
         (
-            "the skin of a tree",
+            "skin",
             (
                 "the leaves and bark fell",
                 "the bark burned in fire",
@@ -126,7 +125,7 @@ SENSES = {
     ),
     "ring": (
         (
-            "a jewel",
+            "jewel",
             (
                 "she wore the ring of gold",
                 "he lost the ring on monday",
@@ -136,7 +135,7 @@ SENSES = {
             ),
         ),
         (
-            "a noise",
+            "noise",
             (
                 "they heard the ring",
                 "one loud ring woke the dog",
@@ -148,7 +147,7 @@ SENSES = {
     ),
     "match": (
         (
-            "a game",
+            "game",
             (
                 "the team won this match",
                 "they kicked in the match",
@@ -158,7 +157,7 @@ SENSES = {
             ),
         ),
         (
-            "a fire stick",
+            "stick",
             (
                 "she lit the lamp with a match",
                 "the match was hot",
@@ -170,7 +169,7 @@ SENSES = {
     ),
     "spring": (
         (
-            "a season",
+            "season",
             (
                 "the flowers come in spring",
                 "birds sing all the spring",
@@ -180,7 +179,7 @@ SENSES = {
             ),
         ),
         (
-            "a place of water",
+            "well",
             (
                 "he drank from the spring",
                 "the spring runs to a river",
@@ -192,7 +191,7 @@ SENSES = {
     ),
     "seal": (
         (
-            "an animal",
+            "creature",
             (
                 "the seal swam in water",
                 "a seal ate the fish",
@@ -202,7 +201,7 @@ SENSES = {
             ),
         ),
         (
-            "a mark",
+            "mark",
             (
                 "the letter has this seal",
                 "he broke the seal of wood",
@@ -214,7 +213,7 @@ SENSES = {
     ),
     "palm": (
         (
-            "a tree",
+            "tree",
             (
                 "the palm has leaves",
                 "they sat in shade by the palm",
@@ -224,7 +223,7 @@ SENSES = {
             ),
         ),
         (
-            "a part of the hand",
+            "hand",
             (
                 "he held coins on the palm",
                 "she read the palm of a man",

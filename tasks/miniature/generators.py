@@ -70,7 +70,7 @@ GENERATORS: dict[str, Generator] = {
     "entailment": Generator(make=inference.entailment, content=("premise",)),
     "pronouns": Generator(make=coreference.pronouns, content=("text",)),
     "gaps": Generator(make=coreference.gaps, content=("sentence",)),
-    "senses": Generator(make=word_sense.senses, content=("sentence1", "sentence2")),
+    "senses": Generator(make=word_sense.senses, content=("text",)),
     # Of no category: the instruction mixture.
     **{
         name: Generator(make=make, content=content)

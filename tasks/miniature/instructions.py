@@ -6,6 +6,9 @@ how to say yes and no; none of them asks what a category of the study asks.
 
 from __future__ import annotations
 
+import re
+
+from tasks.miniature.corpus import WRITERS
 from tasks.miniature.draws import Draw
 from tasks.miniature.events import CONVERSES
 from tasks.miniature.lexicon import (
@@ -20,6 +23,7 @@ from tasks.miniature.lexicon import (
     PLACES,
     THINGS,
     TOWNS,
+    USES,
 )
 from tasks.miniature.sentences import told
 from tasks.miniature.structure import LOOKS
@@ -139,6 +143,47 @@ def repeating(world: World, draw: Draw, index: int) -> dict:
     return {"passage": " ".join(lines), "which": which, "answer": lines[position]}
 
 
+SENTENCE = re.compile(r"[^.?]+[.?]")
+MOST_WORDS = 24  # that are to be written
+
+
+def going_on(world: World, draw: Draw, index: int) -> dict:
+    """The second half of a document of the corpus, so that what was learnt of the language is not lost."""
+    while True:
+        text = draw.pick(WRITERS)(world, draw)
+        sentences = SENTENCE.findall(text)
+        begun = "".join(sentences[: (len(sentences) + 1) // 2])
+        rest = text[len(begun) :]
+        if 0 < len(rest.split()) <= MOST_WORDS:
+            return {"text": text, "begun": begun.strip(), "rest": rest.strip()}
+
+
+def ordering(world: World, draw: Draw, index: int) -> dict:
+    """The words of a sentence in any order, and the sentence."""
+    a, b = draw.some(PEOPLE, 2)
+    thing, place, look = draw.pick(THINGS), draw.pick(PLACES), draw.pick(LOOKS)
+    sentence = draw.pick(
+        (
+            draw.pick(draw.pick(CONVERSES)).format(a=a, b=b, t=thing),
+            f"{a} put the {look} {thing} in the {place}",
+            f"the {look} {draw.pick(JOBS)} {USES[thing]} the {thing}",
+        )
+    )
+    words = ", ".join(draw.shuffled(sentence.split()))
+    return {"words": words, "sentence": f"{sentence}."}
+
+
+def telling(world: World, draw: Draw, index: int) -> dict:
+    """The sentence of a text that speaks of a person, word for word."""
+    people, places = draw.some(PEOPLE, 3), draw.some(PLACES, 3)
+    lines = [
+        f"{person} {draw.pick(('went to', 'was at', 'saw'))} the {place}."
+        for person, place in zip(people, places, strict=True)
+    ]
+    asked = draw.below(3)
+    return {"passage": " ".join(lines), "person": people[asked], "answer": lines[asked]}
+
+
 def naming(world: World, draw: Draw, index: int) -> dict:
     """The kind of a thing, among all kinds."""
     kinds = sorted(KINDS)
@@ -158,5 +203,8 @@ MAKERS = {
     "finding": (finding, ("passage",)),
     "mentioned": (mentioned, ("passage",)),
     "repeating": (repeating, ("passage",)),
+    "going_on": (going_on, ("text",)),
+    "ordering": (ordering, ("sentence",)),
+    "telling": (telling, ("passage",)),
     "naming": (naming, ("thing",)),
 }

@@ -180,6 +180,7 @@ PROMPTS: Mapping[str, Mapping[str, Ranked | Generated]] = {
         "story": Ranked(inputs="story: {story} {begun} what? answer:", choices="choices"),
     },
     "statements": {
+        "so": Ranked(inputs="{passage} so {statement} is that true? answer:", choices=YES_NO_MAYBE),
         "is_true": Ranked(
             inputs="{passage} one says: {statement} is this true? answer:", choices=YES_NO_MAYBE
         ),
@@ -190,45 +191,37 @@ PROMPTS: Mapping[str, Mapping[str, Ranked | Generated]] = {
         "text": Ranked(
             inputs="text: {passage} is it true to say: {statement} answer:", choices=YES_NO_MAYBE
         ),
-        "ask": Ranked(inputs="{passage} {question}", choices=YES_NO_MAYBE),
     },
     "entailment": {
-        "is_true": Ranked(
-            inputs="{premise} one says: {hypothesis} is this true? answer:", choices=YES_NO
+        "so": Ranked(inputs="{premise} so", choices="choices"),
+        "then": Ranked(inputs="{premise} which is true then: {listed} answer:", choices="choices"),
+        "question": Ranked(
+            inputs="text: {premise} question: what is true then? answer:", choices="choices"
         ),
-        "text": Ranked(
-            inputs="text: {premise} is it true to say: {hypothesis} answer:", choices=YES_NO
-        ),
-        "so": Ranked(inputs="{premise} so {hypothesis} true or false? answer:", choices=TRUE_FALSE),
     },
     "pronouns": {
-        "mean": Ranked(inputs="{text} does the word {word} mean {named}? answer:", choices=YES_NO),
-        "is_he": Ranked(inputs="{text} is {word} the same as {named}? answer:", choices=YES_NO),
-        "true_or_false": Ranked(
-            inputs="{text} {word} is {named}. true or false? answer:", choices=TRUE_FALSE
+        "it_was": Ranked(inputs="{text} it was", choices="choices"),
+        "mean": Ranked(inputs="{text} what does the word {word} mean? answer:", choices="choices"),
+        "choose": Ranked(
+            inputs="text: {text} question: who or what is {word}? choose: {listed}. answer:",
+            choices="choices",
         ),
     },
     "gaps": {
+        "go_on": Ranked(inputs="{begun}", choices=("{choices[0]}{rest}", "{choices[1]}{rest}")),
         "who": Ranked(inputs="{sentence} who or what is _? answer:", choices="choices"),
         "choose": Ranked(
             inputs="{sentence} question: what is meant by _? choose: {listed}. answer:",
             choices="choices",
         ),
         "text": Ranked(inputs="text: {sentence} which word is _? answer:", choices="choices"),
-        "go_on": Ranked(inputs="{begun}", choices=("{choices[0]}{rest}", "{choices[1]}{rest}")),
     },
     "senses": {
-        "mean_the_same": Ranked(
-            inputs="{sentence1} {sentence2} does the word {word} mean the same? answer:",
-            choices=YES_NO,
-        ),
-        "one_says": Ranked(
-            inputs="one says: {sentence1} one says: {sentence2} is it the same {word}? answer:",
-            choices=YES_NO,
-        ),
-        "true_or_false": Ranked(
-            inputs="{sentence1} {sentence2} the word {word} means the same. true or false? answer:",
-            choices=TRUE_FALSE,
+        "here": Ranked(inputs="{text} here the {word} is a", choices="choices"),
+        "what": Ranked(inputs="{text} what is the {word} here? answer: a", choices="choices"),
+        "choose": Ranked(
+            inputs="text: {text} choose what the word {word} means: {listed}. answer:",
+            choices="choices",
         ),
     },
     "opposites": {
@@ -341,6 +334,30 @@ PROMPTS: Mapping[str, Mapping[str, Ranked | Generated]] = {
         ),
         "read": Generated(
             inputs="read the text and tell me the {which} sentence. {passage} answer:",
+            targets="{answer}",
+        ),
+    },
+    "going_on": {
+        "go_on": Generated(inputs="go on: {begun}", targets="{rest}"),
+        "text": Generated(inputs="text: {begun} how does it go on? answer:", targets="{rest}"),
+        "read": Generated(inputs="read the text and go on. {begun}", targets="{rest}"),
+    },
+    "ordering": {
+        "words": Generated(
+            inputs="words: {words}. make a sentence of all of them:", targets="{sentence}"
+        ),
+        "say": Generated(inputs="put these words right: {words}. answer:", targets="{sentence}"),
+        "which": Generated(
+            inputs="which sentence can one make of {words}? answer:", targets="{sentence}"
+        ),
+    },
+    "telling": {
+        "of": Generated(inputs="{passage} what is told of {person}? answer:", targets="{answer}"),
+        "read": Generated(
+            inputs="read the text and tell me of {person}. {passage} answer:", targets="{answer}"
+        ),
+        "ask_first": Generated(
+            inputs="question: which sentence is about {person}? text: {passage} answer:",
             targets="{answer}",
         ),
     },

@@ -35,8 +35,8 @@ WORDS = """
     lily linden lit live lives lost loud love lovely made make makes man many mark market marlow
     match max maybe me mean means meant meat met mia mill monday money more morning mouse music
     my name near ned needle new news next night nine no noise nora not now nursed of old older
-    on once one opened opposite or others otto out over page pages paid painter palm park part
-    paul peach pear people person pet pia place plant play played players plum poor proud pulled
+    on once one opened opposite or others otto out over page pages paid painter palm park
+    paul peach pear people person pet pia plant play played players plum poor proud pulled
     puppet pushed put queen question race rained rake ran rang read red rest review rex rice
     rich right ring river rope rosa rules run runs ruth sad sailor sailors sails sam same sand
     sang sat saturday saw say says scarf school sea seal season second selby sells sentence
@@ -48,7 +48,7 @@ WORDS = """
     tool tools top topic town toy toys trade trained tree trees true tuesday turned two uma
     under up upon us vera very wait waited walk walked want warm was washed water way we weak
     weather wednesday well wells went wet what where which white who why will wind wings wise
-    with woke won wood word words wore work works wrong yellow yes you young younger zoe
+    with woke won wood word words wore work works wrong yellow yes you young younger zoe here them
 """.split()
 
 

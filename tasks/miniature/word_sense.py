@@ -1,28 +1,26 @@
-"""Does a word mean the same in two sentences?"""
+"""Which of its two meanings has a word in a text?"""
 
 from __future__ import annotations
 
 from tasks.miniature.draws import Draw
 from tasks.miniature.events import SENSES
-from tasks.miniature.sentences import TIMES
+from tasks.miniature.sentences import TIMES, told
 from tasks.miniature.world import World
 
 
 def senses(world: World, draw: Draw, index: int) -> dict:
-    """Two sentences that have the word and nothing else in common.
+    """Two sentences in which the word has one meaning, which is one of its two.
 
-    Every sentence stands in as many pairs of either label.
+    No word of the texts or choices tells by itself: see events.SENSES.
     """
-    label = index % 2  # 0 the same, 1 not
+    label = index % 2
     word = draw.pick(sorted(SENSES))
-    (_, mine), (_, other) = draw.shuffled(SENSES[word])
-    one, two = draw.some(mine, 2)
-    if label:
-        two = draw.pick(other)
-    first, second = draw.some(TIMES, 2)
+    (right, places), (wrong, _) = draw.shuffled(SENSES[word])
+    times = draw.some(TIMES, 2)
+    lines = [f"{time} {place}" for time, place in zip(times, draw.some(places, 2), strict=True)]
     return {
         "word": word,
-        "sentence1": f"{first} {one}.",
-        "sentence2": f"{second} {two}.",
+        "text": told(lines),
+        "choices": draw.placed(right, [wrong], label),
         "label": label,
     }
