@@ -157,6 +157,7 @@ def listed(
             is_known = all(size is not None for _, size in sizes)
             rows.append([mixture, f"{tasks_count}", f"{epoch:,}" if is_known else "?"])
         yield from table(rows)
+        yield "and one for each dataset, of all its prompts, by its name and the suffix"
         yield ""
     if arguments.get("instruction_tasks"):
         yield from _instructions(arguments)

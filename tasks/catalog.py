@@ -82,7 +82,7 @@ def role(dataset: Dataset) -> str:
 
 
 def mixtures(every: Iterable[Dataset], collection: str) -> dict[str, list[Dataset]]:
-    """A collection's mixtures: one for each category, one of all held-in, one of all held-out; none without a dataset."""
+    """A collection's mixtures of several datasets: one for each category, one of all held-in, one of all held-out; none without a dataset."""
     members = [dataset for dataset in every if collection in dataset.sources]
     found = {
         category: [dataset for dataset in members if dataset.category == category]
@@ -96,6 +96,11 @@ def mixtures(every: Iterable[Dataset], collection: str) -> dict[str, list[Datase
 def suffix(collection: str) -> str:
     """What ends the names of a collection's tasks and mixtures."""
     return f"_{collection}" if collection else ""
+
+
+def task_names(dataset: Dataset, collection: str) -> list[str]:
+    """One for each prompt."""
+    return [task_name(dataset, prompt, collection) for prompt in dataset.prompts]
 
 
 def task_name(dataset: Dataset, prompt: str, collection: str) -> str:

@@ -1,8 +1,9 @@
 """Tasks and mixtures in seqio's registries, under the names of the catalog.
 
 One task per (dataset, prompt, collection), `<dataset>_<prompt>` and the collection's suffix; for ranked datasets a
-second one in T5's rank_classification form, which ends with `_rank`. One mixture per category, one of all held-in, one
-of all held-out, each with the suffix; and each once more in the form that seqio.Evaluator ranks, which ends with `_rank`.
+second one in T5's rank_classification form, which ends with `_rank`. One mixture per dataset (its prompts), one per
+category, one of all held-in, one of all held-out, each with the suffix; and each once more in the form that seqio.Evaluator
+ranks, which ends with `_rank`.
 Mixing rates are T0's. `tasks.register` is the way in.
 """
 
@@ -92,12 +93,10 @@ def register(
                 features = vocabularies.features(vocabulary or _own_vocabulary(collection))
                 for prompt in dataset.prompts:
                     _add_tasks(dataset, prompt, collection, data, features)
+                name = dataset.name + catalog.suffix(collection)
+                _add_mixture(name, catalog.task_names(dataset, collection), rate_cap)
         for name, members in catalog.mixtures(every, collection).items():
-            tasks = [
-                catalog.task_name(each, prompt, collection)
-                for each in members
-                for prompt in each.prompts
-            ]
+            tasks = [name for each in members for name in catalog.task_names(each, collection)]
             _add_mixture(name, tasks, rate_cap)
     for module in modules:
         _import(module)

@@ -83,6 +83,15 @@ def test_a_mixture_has_a_form_that_ranks_choices_where_there_are_some(
         assert any(task.endswith("_rank") for task in expected)
 
 
+def test_a_dataset_is_a_mixture_of_its_prompts(registered):
+    from tasks import registry
+
+    assert registry.task_names("rte_local") == (
+        *(f"rte_{prompt}_local" for prompt in catalog.datasets()["rte"].prompts),
+    )
+    assert len(registry.task_names("senses_mini")) == 3
+
+
 def test_the_rank_form_scores_choices(registered, seqio_module: ModuleType):
     row = {"validation": element("hellaswag")}
     found = list(seqio_module.test_utils.test_preprocessing("hellaswag_plain_rank", row))
