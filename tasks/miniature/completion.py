@@ -18,8 +18,9 @@ def causes(world: World, draw: Draw, index: int) -> dict:
     he = pronoun(person)
     choices = draw.placed(right[asked_side], [wrong[asked_side]], label)
     return {
-        "premise": f"{person} {right[told_side]}.",
+        "begun": f"{person} {right[told_side]}",
         "asked": asked,
+        "link": {"cause": "because", "effect": "so"}[asked],
         "choices": [f"{he} {choice}" for choice in choices],
         "label": label,
     }

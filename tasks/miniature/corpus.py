@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from tasks.miniature.coreference import handled
 from tasks.miniature.draws import Draw, split_of
 from tasks.miniature.events import CAUSES, COMPARISONS, CONVERSES, REASONS, SENSES
-from tasks.miniature.inference import MAYBE, NO, YES, followed
+from tasks.miniature.inference import gathered, moved
 from tasks.miniature.lexicon import (
     DAYS,
     DOINGS,
@@ -226,11 +226,10 @@ def chain(world: World, draw: Draw) -> str:
 
 
 def truth(world: World, draw: Draw) -> str:
-    """Somebody says something, somebody what follows, or does not, or may be, and the first whether it is so."""
-    label = draw.pick((YES, NO, MAYBE))
-    line, claim = followed(draw, draw.pick(PEOPLE), label)
+    """Somebody says something, somebody what follows, or does not, and the first whether it is so."""
+    line, right, wrong = draw.pick((gathered, moved))(draw, draw.pick(PEOPLE), of=2)
     one, two = draw.some(STRANGERS, 2)
-    verdict_ = ("yes, that is true", "no, that is false", "maybe, i do not know")[label]
+    claim, verdict_ = draw.pick(((right, "yes, that is true"), (wrong, "no, that is false")))
     return told([f"{one}: {line}", f"{two}: so {claim}", f"{one}: {verdict_}"])
 
 
@@ -238,7 +237,7 @@ def follows(world: World, draw: Draw) -> str:
     """What people did, and what is so hence."""
     lines = []
     for person in draw.some(PEOPLE, 2):
-        line, claim = followed(draw, person, YES)
+        line, claim = draw.pick((gathered, moved))(draw, person, of=1)
         lines += [line, f"so {claim}"]
     return told(lines)
 
@@ -333,7 +332,7 @@ def described(world: World, draw: Draw) -> str:
     return told([f"{name} is a {kind}", *draw.shuffled(DESCRIBED[kind])])
 
 
-def gathered(world: World, draw: Draw) -> str:
+def of_a_kind(world: World, draw: Draw) -> str:
     """Things of a kind, and the kind."""
     kind = draw.pick(sorted(KINDS))
     one, two, three = draw.some(KINDS[kind], 3)
@@ -446,8 +445,8 @@ SHARES: dict[Writer, int] = {
     not_told: 2,
     other_side: 4,
     chain: 2,
-    truth: 16,
-    follows: 4,
+    truth: 6,
+    follows: 6,
     cause: 2,
     reason: 3,
     using: 2,
@@ -456,7 +455,7 @@ SHARES: dict[Writer, int] = {
     review: 2,
     tidings: 1,
     described: 1,
-    gathered: 1,
+    of_a_kind: 1,
     meeting: 1,
     introduced: 1,
     doing: 1,

@@ -64,7 +64,7 @@ GENERATORS: dict[str, Generator] = {
     "sentences": Generator(make=paraphrase.sentences, content=("sentence1",)),
     "questions": Generator(make=paraphrase.questions, content=("question1", "question2")),
     # Held-out, seven in all.
-    "causes": Generator(make=completion.causes, content=("premise", "choices")),
+    "causes": Generator(make=completion.causes, content=("begun", "choices")),
     "endings": Generator(make=completion.endings, content=("story",)),
     "statements": Generator(make=inference.statements, content=("passage",)),
     "entailment": Generator(make=inference.entailment, content=("premise",)),

@@ -1,7 +1,7 @@
-"""Does a statement follow from a passage, in three rounds of growing difficulty, and which of two statements follows?
+"""What follows? One statement of three, in three rounds of growing difficulty, and one of two.
 
-What follows is known from the corpus: a plum is some fruit, and who lit a fire was cold. Each sentence and each statement goes with
-every label as often and they share no word but a name, so that only the two together tell.
+What follows is known from the corpus: a plum is some fruit, and who lit a fire was cold. What is told and what is stated share no word
+but names, and every statement is right as often as wrong, so that only the two together tell.
 """
 
 from __future__ import annotations
@@ -13,57 +13,45 @@ from tasks.miniature.sentences import FILLERS, told
 from tasks.miniature.summaries import GATHERED
 from tasks.miniature.world import World
 
-YES, NO, MAYBE = range(3)
-
 
 def statements(world: World, draw: Draw, index: int) -> dict:
-    """Yes, no or maybe; a third of the rows each: a sentence, one among others, two people of whom one is spoken of."""
+    """Of three; a third of the rows each: from one sentence, from one beside another, of one of two people."""
     label, round_ = index % 3, index // 3 % 3
-    person, other = draw.some(PEOPLE, 2)
-    told_, statement = followed(draw, person, label)
-    passage = [told_]
-    if round_ > 0:
-        passage.append(f"{person} went to the {draw.pick(PLACES)}")
-    if round_ > 1:
-        passage.append(f"{other} was at the {draw.pick(PLACES)}")
+    person, somebody = draw.some(PEOPLE, 2)
+    if round_ < 2:
+        premise, right, *wrong = (gathered, moved)[index // 9 % 2](draw, person, of=3)
+        passage = [premise, f"{person} went to the {draw.pick(PLACES)}"][: round_ + 1]
+    else:
+        premise, right, of_other, neither = moved(draw, person, of=3)
+        action = next(action for state, action in CAUSES if of_other == f"{person} {state}")
+        passage, wrong = [premise, f"{somebody} {action}"], [of_other, neither]
     return {
         "passage": told(draw.shuffled(passage)),
-        "statement": f"{statement}.",
         "round": f"r{round_ + 1}",
+        "choices": [f"{each}." for each in draw.placed(right, wrong, label)],
         "label": label,
     }
 
 
 def entailment(world: World, draw: Draw, index: int) -> dict:
-    """One of two follows: of two kinds, or of two states."""
-    label, person, about = index % 2, draw.pick(PEOPLE), (gathered, moved)[index // 2 % 2]
-    premise, right, wrong = about(draw, person)
+    """Of two: kinds, or states."""
+    label = index % 2
+    premise, right, *wrong = (gathered, moved)[index // 2 % 2](draw, draw.pick(PEOPLE), of=2)
     return {
         "premise": told([draw.pick(FILLERS), premise]),
-        "choices": [f"{each}." for each in draw.placed(right, [wrong], label)],
+        "choices": [f"{each}." for each in draw.placed(right, wrong, label)],
         "label": label,
     }
 
 
-def followed(draw: Draw, person: str, label: int) -> tuple[str, str]:
-    """What somebody did, and what does or does not follow; of what is not spoken of at all, one may say maybe."""
-    (premise, right, wrong), (other, *_) = draw.shuffled(
-        [gathered(draw, person), moved(draw, person)]
-    )
-    return (premise, right) if label == YES else (premise, wrong) if label == NO else (other, right)
+def gathered(draw: Draw, person: str, *, of: int) -> list[str]:
+    """Somebody did something with a plum; hence there was some fruit, and not, as the others of so many say, some tools."""
+    kinds = draw.some(sorted(KINDS), of)
+    premise = f"{person} {draw.pick(GATHERED)} a {draw.pick(KINDS[kinds[0]])}"
+    return [premise, *(f"there was {SOME[kind]}" for kind in kinds)]
 
 
-def gathered(draw: Draw, person: str) -> tuple[str, str, str]:
-    """Somebody did something with a plum, hence there was some fruit, not some tools."""
-    kind, other = draw.some(sorted(KINDS), 2)
-    return (
-        f"{person} {draw.pick(GATHERED)} a {draw.pick(KINDS[kind])}",
-        f"there was {SOME[kind]}",
-        f"there was {SOME[other]}",
-    )
-
-
-def moved(draw: Draw, person: str) -> tuple[str, str, str]:
-    """Somebody lit a fire, hence was cold, not thirsty."""
-    (state, action), (other, _) = draw.some(CAUSES, 2)
-    return f"{person} {action}", f"{person} {state}", f"{person} {other}"
+def moved(draw: Draw, person: str, *, of: int) -> list[str]:
+    """Somebody lit a fire; hence they were cold, and not, as the others of so many say, thirsty."""
+    causes = draw.some(CAUSES, of)
+    return [f"{person} {causes[0][1]}", *(f"{person} {state}" for state, _ in causes)]

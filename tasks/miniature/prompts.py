@@ -16,7 +16,6 @@ YES_NO = ("yes", "no")
 NO_YES = ("no", "yes")
 TRUE_FALSE = ("true", "false")
 FALSE_TRUE = ("false", "true")
-YES_NO_MAYBE = ("yes", "no", "maybe")
 STARS = NUMBERS[:5]
 NAMES_OF_KINDS = tuple(sorted(KINDS))
 
@@ -161,15 +160,12 @@ PROMPTS: Mapping[str, Mapping[str, Ranked | Generated]] = {
         ),
     },
     "causes": {
+        "go_on": Ranked(inputs="{begun} {link}", choices="choices"),
         "what_is": Ranked(
-            inputs="{premise} what is the {asked} of this? answer:", choices="choices"
+            inputs="{begun}. what is the {asked} of this? answer:", choices="choices"
         ),
         "choose": Ranked(
-            inputs="{premise} choose the {asked}: {listed}. answer:", choices="choices"
-        ),
-        "question": Ranked(
-            inputs="text: {premise} question: what is the {asked}? choose: {listed}. answer:",
-            choices="choices",
+            inputs="text: {begun}. choose the {asked}: {listed}. answer:", choices="choices"
         ),
     },
     "endings": {
@@ -180,16 +176,13 @@ PROMPTS: Mapping[str, Mapping[str, Ranked | Generated]] = {
         "story": Ranked(inputs="story: {story} {begun} what? answer:", choices="choices"),
     },
     "statements": {
-        "so": Ranked(inputs="{passage} so {statement} is that true? answer:", choices=YES_NO_MAYBE),
-        "is_true": Ranked(
-            inputs="{passage} one says: {statement} is this true? answer:", choices=YES_NO_MAYBE
-        ),
+        "so": Ranked(inputs="{passage} so", choices="choices"),
         "read": Ranked(
-            inputs="read the text and answer. {passage} {statement} is it right? yes or no or maybe? answer:",
-            choices=YES_NO_MAYBE,
+            inputs="read the text and answer. {passage} what is true then? answer:",
+            choices="choices",
         ),
-        "text": Ranked(
-            inputs="text: {passage} is it true to say: {statement} answer:", choices=YES_NO_MAYBE
+        "choose": Ranked(
+            inputs="text: {passage} choose what is true then: {listed} answer:", choices="choices"
         ),
     },
     "entailment": {
