@@ -14,12 +14,12 @@ def test_the_price_of_a_small_study():
     bindings = [f"{scope}/Training.train_steps = {number}" for scope, number in steps.items()]
     resolved = study.configured(FILES, [*bindings, "OUTPUT_DIR = '/nowhere'"])
     (found,) = prices(study.plan(resolved), resolved.arguments["sources"])
-    # 6 N + 12 L H h T: mini_m has 5 layers, 4 heads of 32, and rows of 128 tokens.
-    flops = 6 * 1_319_680 + 12 * 5 * 4 * 32 * 128
+    # 6 N + 12 L H h T: mini_m has 5 layers, 4 heads of 32, and rows of 128 tokens, of 64 to pretrain.
+    short, flops = (6 * 1_319_680 + 12 * 5 * 4 * 32 * length for length in (64, 128))
     assert found.parameters == 1_319_680
     assert found.steps == 100 + 50 + 2 * 8 * 10 + 2 * 20
-    tokens = (100 + 50 + 2 * 8 * 10 + 2 * 20) * 8 * 128
-    assert found.train_flops == pytest.approx(tokens * flops)
+    tokens = (50 + 2 * 8 * 10 + 2 * 20) * 8 * 128
+    assert found.train_flops == pytest.approx(tokens * flops + 100 * 8 * 64 * short)
     assert (found.merges, found.evaluations) == (24, 44 * 23)
     assert found.evaluate_flops == pytest.approx(44 * 23 * 50 * 128 * flops / 3)
     assert found.merge_bytes == 4 * 1_319_680 * 2 * 4 * sum(n + 2 for n in (2, 4, 8))
