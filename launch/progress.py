@@ -113,15 +113,17 @@ class Training(_Shown):
         self._told: float | None = None
         self._told_step: int | None = None
         self._first: tuple[float, int] | None = (
-            None  # when, and at which step, this name was first heard of
+            None  # when, and at which step, this run was heard of
         )
+        self._last = 0  # the step that was heard of last
 
     def __call__(self, name: str, step: int, values: Mapping[str, float]) -> None:
         if not self._is_shown:
             return
         now = self._clock()
-        if self._first is None or step < self._first[1]:
+        if self._first is None or step < self._last:  # the first expert's run, or the next one's
             self._first = (now, step)
+        self._last = step
         is_due = self._told is None or now - self._told >= LINE_PERIOD_S or step == self._steps
         is_due |= step == self._told_step  # of other experts that are trained by the same step
         if not is_due and not any(key.startswith("validation/") for key in values):

@@ -78,6 +78,19 @@ def test_training_tells_step_loss_and_the_time_left():
     ]
 
 
+def test_the_next_expert_has_a_time_of_its_own():
+    stream, clock = io.StringIO(), Clock()
+    shown = Training(stream, steps=20, clock=clock)
+    for name in ("one", "two"):
+        for step in (10, 15, 20):
+            shown(name, step, {"loss": 1.0})
+            clock.now += LINE_PERIOD_S
+    told = [f"15/20: loss 1.0000, {int(LINE_PERIOD_S)} s left", "20/20: loss 1.0000"]
+    assert stream.getvalue().splitlines() == [
+        f"{name} {line}" for name in ("one", "two") for line in ("10/20: loss 1.0000", *told)
+    ]
+
+
 def test_evaluating_tells_examples_and_the_time_left_of_all_models():
     stream, clock = io.StringIO(), Clock()
     shown = Evaluating(stream, models=2, clock=clock)
