@@ -14,6 +14,7 @@ from tasks.miniature.topics import KIND_NAMES, TOPICS
 # In the order of the labels.
 YES_NO = ("yes", "no")
 NO_YES = ("no", "yes")
+BAD_GOOD = ("bad", "good")
 TRUE_FALSE = ("true", "false")
 FALSE_TRUE = ("false", "true")
 STARS = NUMBERS[:5]
@@ -84,11 +85,9 @@ PROMPTS: Mapping[str, Mapping[str, Ranked | Generated]] = {
     },
     "plays": {
         "good_or_bad": Ranked(
-            inputs="{review} is this review good or bad? answer:", choices=("bad", "good")
+            inputs="{review} is this review good or bad? answer:", choices=BAD_GOOD
         ),
-        "one_says": Ranked(
-            inputs="review: {review} one says the play was", choices=("bad", "good")
-        ),
+        "one_says": Ranked(inputs="review: {review} one says the play was", choices=BAD_GOOD),
         "liked": Ranked(inputs="{review} did they like the play? answer:", choices=NO_YES),
     },
     "news": {
@@ -353,6 +352,19 @@ PROMPTS: Mapping[str, Mapping[str, Ranked | Generated]] = {
             inputs="question: which sentence is about {person}? text: {passage} answer:",
             targets="{answer}",
         ),
+    },
+    "moods": {
+        "good_or_bad": Ranked(inputs="the {said}. good or bad? answer:", choices=BAD_GOOD),
+        "is_that": Ranked(inputs="is that good or bad: the {said}? answer:", choices=BAD_GOOD),
+        "one_says": Ranked(inputs="one says: the {said}. that is", choices=BAD_GOOD),
+    },
+    "fields": {
+        "about": Ranked(inputs="{one} and {two}: what is this about? answer:", choices=TOPICS),
+        "which": Ranked(
+            inputs="{one} and {two} go with sport or music or trade or weather? answer:",
+            choices=TOPICS,
+        ),
+        "words": Ranked(inputs="words: {one}, {two}. they go with", choices=TOPICS),
     },
     "naming": {
         "kind": Ranked(inputs="of which kind is a {thing}? answer:", choices=NAMES_OF_KINDS),
