@@ -42,12 +42,11 @@ CLOSED_BOOK = {
 
 # A sentence of a review, bad or good: `text`.
 REVIEW = {
+    "tone": Ranked(
+        inputs="Review: {text}\nThe tone of this review is", choices=("negative", "positive")
+    ),
     "liked": Ranked(
         inputs="{text}\n\nDid the writer of this review like it?", choices=("no", "yes")
-    ),
-    "tone": Ranked(
-        inputs="Review: {text}\nIs its tone negative or positive?",
-        choices=("negative", "positive"),
     ),
     "recommend": Ranked(
         inputs="This is what a reviewer says.\n{text}\nWould this reviewer rather warn of it or recommend it?",

@@ -3,7 +3,7 @@ r"""Experts of a real model on real tasks, merged, evaluated and opened by `tran
   python -m tests.campaigns.real_experts --checkpoint=/data/SmolLM2-135M-Instruct --data=/data/real/tasks --work_dir=/data/r4 \
     [--steps=40] [--limit=200] [--list]
 
-From a Hugging Face folder: an expert of each of two tasks (batches of 16 rows of 64 tokens, rate 2e-5, safetensors), both merged
+From a Hugging Face folder: an expert of each of two tasks, by one prompt of each (batches of 16 rows of 64 tokens, rate 2e-5, safetensors), both merged
 by four methods, base, experts and merges evaluated on both tasks. Each is opened by `transformers` and goes on from a prompt
 (extra `peers`). Prints the table of scores; exit code 1 where the expert of rotten_tomatoes is below 0.82, or a model can't be opened. What is done is
 not done again: every stage knows it, so --list, which prints the commands alone, says how to run one by hand.
@@ -24,10 +24,10 @@ from launch.tasks import table
 from merging.evaluation.collect import SCORES, Score, ScoresFile
 from tests.launch.t5x import programs
 
-TASKS = ("rotten_tomatoes", "trec")
+TASKS = {"rotten_tomatoes": "tone", "trec": "asks"}  # and the prompt of each
 METHODS = ("averaging", "task_arithmetic", "ties", "dare_ties")
 WANTED = {"rotten_tomatoes": 0.82}  # of its expert, on its own task
-PROMPT = "Review: a warm, funny and quick film.\nIs its tone negative or positive?"
+PROMPT = "Review: a warm, funny and quick film.\nThe tone of this review is"
 NEW_TOKENS = 8
 
 
@@ -67,7 +67,7 @@ class Campaign:
         }
         for task, folder in self.experts.items():
             macros = {
-                "MIXTURE_OR_TASK_NAME": f"{task}_local",
+                "MIXTURE_OR_TASK_NAME": registered(task),
                 "INITIAL_CHECKPOINT_PATH": str(self.checkpoint),
                 "OUTPUT_DIR": str(folder),
                 "TASK_FEATURE_LENGTHS": {"inputs": 56, "targets": 8},
@@ -97,10 +97,9 @@ class Campaign:
         macros = {
             "CHECKPOINTS": {name: str(path) for name, path in self.models.items()},
             "INITIAL_CHECKPOINT_PATH": None,
-            "MIXTURE_OR_TASK_NAME": [f"{task}_local" for task in TASKS],
+            "MIXTURE_OR_TASK_NAME": [registered(task) for task in TASKS],
             "TASK_FEATURE_LENGTHS": {"inputs": 192, "targets": 16},
             "LIMIT": self.limit,
-            "NUM_PROMPTS": 1,
             "OUTPUT_DIR": str(self.folder / "scores"),
         }
         yield (
@@ -119,6 +118,11 @@ class Campaign:
             programs.own(module, *arguments, log=self.folder / f"{name}.log")
 
 
+def registered(task: str) -> str:
+    """By one of its prompts."""
+    return f"{task}_{TASKS[task]}_local"
+
+
 def bound(macros: dict[str, object]) -> list[str]:
     return [f"--gin.{name}={value!r}" for name, value in macros.items()]
 
@@ -132,7 +136,7 @@ def told(scores: Sequence[Score], models: Sequence[str]) -> tuple[list[str], boo
     }
     rows = [["model", *TASKS]]
     rows += [[model, *(f"{values[model, task]:.3f}" for task in TASKS)] for model in models]
-    lines, is_good = table(rows), True
+    lines, is_good = list(table(rows)), True
     for task, wanted in WANTED.items():
         found = values[task, task]
         is_good &= found >= wanted
