@@ -164,7 +164,7 @@ def test_a_streamed_epoch_holds_every_example_once(registered, lengths):
         batch = next(whole)
         rows += [{name: array[i : i + 1] for name, array in batch.items()} for i in (0, 1)]
     rows = rows[: len(rows) - whole.position["row"]]  # the last batch reaches into the next epoch
-    tone = {each for each in every_example() if "Is its tone" in each and each in texts(rows)}
+    tone = {each for each in every_example() if "The tone of" in each and each in texts(rows)}
     assert set(texts(rows).values()) == {1}
     assert len(texts(rows)) == len(tone) == 60
 
