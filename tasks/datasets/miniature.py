@@ -58,8 +58,6 @@ TABLE = {
     "going_on": ("instruction", "rouge", ""),
     "ordering": ("instruction", "rouge", ""),
     "telling": ("instruction", "rouge", ""),
-    "moods": ("instruction", "accuracy", ""),
-    "fields": ("instruction", "accuracy", ""),
     "naming": ("instruction", "accuracy", ""),
 }
 

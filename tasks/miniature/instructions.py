@@ -23,12 +23,9 @@ from tasks.miniature.lexicon import (
     PLACES,
     THINGS,
     TOWNS,
-    USES,
 )
 from tasks.miniature.sentences import told
-from tasks.miniature.sentiment import BAD, GOOD
 from tasks.miniature.structure import LOOKS
-from tasks.miniature.topics import TOPICS
 from tasks.miniature.world import World
 
 
@@ -145,12 +142,6 @@ def repeating(world: World, draw: Draw, index: int) -> dict:
     return {"passage": " ".join(lines), "which": which, "answer": lines[position]}
 
 
-FIELDS = {
-    "sport": ("game", "team", "match", "race"),
-    "music": ("song", "drum", "band", "dance"),
-    "trade": ("money", "shop", "bank", "goods"),
-    "weather": ("snow", "storm", "sun", "wind"),
-}
 SENTENCE = re.compile(r"[^.?]+[.?]")
 MOST_WORDS = 24  # that are to be written
 
@@ -169,14 +160,7 @@ def going_on(world: World, draw: Draw, index: int) -> dict:
 def ordering(world: World, draw: Draw, index: int) -> dict:
     """The words of a sentence in any order, and the sentence."""
     a, b = draw.some(PEOPLE, 2)
-    thing, place, look = draw.pick(THINGS), draw.pick(PLACES), draw.pick(LOOKS)
-    sentence = draw.pick(
-        (
-            draw.pick(draw.pick(CONVERSES)).format(a=a, b=b, t=thing),
-            f"{a} put the {look} {thing} in the {place}",
-            f"the {look} {draw.pick(JOBS)} {USES[thing]} the {thing}",
-        )
-    )
+    sentence = draw.pick(draw.pick(CONVERSES)).format(a=a, b=b, t=draw.pick(THINGS))
     words = ", ".join(draw.shuffled(sentence.split()))
     return {"words": words, "sentence": f"{sentence}."}
 
@@ -190,23 +174,6 @@ def telling(world: World, draw: Draw, index: int) -> dict:
     ]
     asked = draw.below(3)
     return {"passage": " ".join(lines), "person": people[asked], "answer": lines[asked]}
-
-
-def moods(world: World, draw: Draw, index: int) -> dict:
-    """Is what a word says of a thing good or bad?"""
-    label, straight = index % 2, draw.heads()
-    word = draw.pick(GOOD if (label == 1) == straight else BAD)
-    return {
-        "said": f"{draw.pick(THINGS + PLACES + FOODS)} is {word if straight else f'not {word}'}",
-        "label": label,  # 0 bad, 1 good
-    }
-
-
-def fields(world: World, draw: Draw, index: int) -> dict:
-    """What two words have to do with, of four."""
-    label = index % 4
-    one, two = draw.some(FIELDS[TOPICS[label]], 2)
-    return {"one": one, "two": two, "label": label}
 
 
 def naming(world: World, draw: Draw, index: int) -> dict:
@@ -231,7 +198,5 @@ MAKERS = {
     "going_on": (going_on, ("text",)),
     "ordering": (ordering, ("sentence",)),
     "telling": (telling, ("passage",)),
-    "moods": (moods, ("said",)),
-    "fields": (fields, ("one", "two")),
     "naming": (naming, ("thing",)),
 }

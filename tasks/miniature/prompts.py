@@ -14,7 +14,6 @@ from tasks.miniature.topics import KIND_NAMES, TOPICS
 # In the order of the labels.
 YES_NO = ("yes", "no")
 NO_YES = ("no", "yes")
-BAD_GOOD = ("bad", "good")
 TRUE_FALSE = ("true", "false")
 FALSE_TRUE = ("false", "true")
 STARS = NUMBERS[:5]
@@ -85,9 +84,11 @@ PROMPTS: Mapping[str, Mapping[str, Ranked | Generated]] = {
     },
     "plays": {
         "good_or_bad": Ranked(
-            inputs="{review} is this review good or bad? answer:", choices=BAD_GOOD
+            inputs="{review} is this review good or bad? answer:", choices=("bad", "good")
         ),
-        "one_says": Ranked(inputs="review: {review} one says the play was", choices=BAD_GOOD),
+        "one_says": Ranked(
+            inputs="review: {review} one says the play was", choices=("bad", "good")
+        ),
         "liked": Ranked(inputs="{review} did they like the play? answer:", choices=NO_YES),
     },
     "news": {
@@ -335,12 +336,10 @@ PROMPTS: Mapping[str, Mapping[str, Ranked | Generated]] = {
         "read": Generated(inputs="read the text and go on. {begun}", targets="{rest}"),
     },
     "ordering": {
-        "words": Generated(
-            inputs="words: {words}. make a sentence of all of them:", targets="{sentence}"
-        ),
+        "words": Generated(inputs="words: {words}. put them right:", targets="{sentence}"),
         "say": Generated(inputs="put these words right: {words}. answer:", targets="{sentence}"),
         "which": Generated(
-            inputs="which sentence can one make of {words}? answer:", targets="{sentence}"
+            inputs="which sentence has the words {words}? answer:", targets="{sentence}"
         ),
     },
     "telling": {
@@ -352,19 +351,6 @@ PROMPTS: Mapping[str, Mapping[str, Ranked | Generated]] = {
             inputs="question: which sentence is about {person}? text: {passage} answer:",
             targets="{answer}",
         ),
-    },
-    "moods": {
-        "good_or_bad": Ranked(inputs="the {said}. good or bad? answer:", choices=BAD_GOOD),
-        "is_that": Ranked(inputs="is that good or bad: the {said}? answer:", choices=BAD_GOOD),
-        "one_says": Ranked(inputs="one says: the {said}. that is", choices=BAD_GOOD),
-    },
-    "fields": {
-        "about": Ranked(inputs="{one} and {two}: what is this about? answer:", choices=TOPICS),
-        "which": Ranked(
-            inputs="{one} and {two} go with sport or music or trade or weather? answer:",
-            choices=TOPICS,
-        ),
-        "words": Ranked(inputs="words: {one}, {two}. they go with", choices=TOPICS),
     },
     "naming": {
         "kind": Ranked(inputs="of which kind is a {thing}? answer:", choices=NAMES_OF_KINDS),
