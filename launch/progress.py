@@ -112,10 +112,9 @@ class Training(_Shown):
         self._steps = steps
         self._told: float | None = None
         self._told_step: int | None = None
-        self._first: tuple[float, int] | None = (
-            None  # when, and at which step, this run was heard of
-        )
-        self._last = 0  # the step that was heard of last
+        # When, and at which step, this run was first heard of; the step that was heard of last.
+        self._first: tuple[float, int] | None = None
+        self._last = 0
 
     def __call__(self, name: str, step: int, values: Mapping[str, float]) -> None:
         if not self._is_shown:

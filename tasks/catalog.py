@@ -82,7 +82,10 @@ def role(dataset: Dataset) -> str:
 
 
 def mixtures(every: Iterable[Dataset], collection: str) -> dict[str, list[Dataset]]:
-    """A collection's mixtures of several datasets: one for each category, one of all held-in, one of all held-out; none without a dataset."""
+    """A collection's mixtures of several datasets.
+
+    One for each category, one of all held-in, one of all held-out; none without a dataset.
+    """
     members = [dataset for dataset in every if collection in dataset.sources]
     found = {
         category: [dataset for dataset in members if dataset.category == category]

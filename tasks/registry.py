@@ -3,8 +3,7 @@
 One task per (dataset, prompt, collection), `<dataset>_<prompt>` and the collection's suffix; for ranked datasets a
 second one in T5's rank_classification form, which ends with `_rank`. One mixture per dataset (its prompts), one per
 category, one of all held-in, one of all held-out, each with the suffix; and each once more in the form that seqio.Evaluator
-ranks, which ends with `_rank`.
-Mixing rates are T0's. `tasks.register` is the way in.
+ranks, which ends with `_rank`. Mixing rates are T0's. `tasks.register` is the way in.
 """
 
 from __future__ import annotations
@@ -96,7 +95,7 @@ def register(
                 name = dataset.name + catalog.suffix(collection)
                 _add_mixture(name, catalog.task_names(dataset, collection), rate_cap)
         for name, members in catalog.mixtures(every, collection).items():
-            tasks = [name for each in members for name in catalog.task_names(each, collection)]
+            tasks = [task for each in members for task in catalog.task_names(each, collection)]
             _add_mixture(name, tasks, rate_cap)
     for module in modules:
         _import(module)

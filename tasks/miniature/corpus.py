@@ -1,9 +1,10 @@
-"""Plain text of the world, to pretrain on: documents of some thirty words, each of one kind.
+"""Plain text of the world, to pretrain on: documents of 6 to 63 words and marks, each of one kind.
 
 Every fact is told, in several ways and orders, and every regularity that the datasets rest on is met: who has what
 from whom told from either side, causes and effects in either order, whom a reason speaks of, which meaning a word
 has where, what is of which kind. Some documents are talk, in which people ask and answer. No document is in the
-form of a dataset.
+form of a dataset, but where the first prompt of a held-out one goes on as text does (causes, statements, entailment,
+gaps), documents go on so too, and may tell the same.
 """
 
 from __future__ import annotations
@@ -221,8 +222,7 @@ def chain(world: World, draw: Draw) -> str:
         return told([*lines, f"so {said}"])
     turned = draw.pick(forms).format(a=c, b=a)
     subject, rest = (said if true else turned).split(" is ")
-    answer = "yes" if true else "no"
-    return told([*lines, f"is {subject} {rest}?", f"{answer}, {said}"])
+    return told([*lines, f"is {subject} {rest}?", f"{'yes' if true else 'no'}, {said}"])
 
 
 def truth(world: World, draw: Draw) -> str:

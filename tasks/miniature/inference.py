@@ -22,9 +22,9 @@ def statements(world: World, draw: Draw, index: int) -> dict:
         premise, right, *wrong = (gathered, moved)[index // 9 % 2](draw, person, of=3)
         passage = [premise, f"{person} went to the {draw.pick(PLACES)}"][: round_ + 1]
     else:
-        premise, right, of_other, neither = moved(draw, person, of=3)
-        action = next(action for state, action in CAUSES if of_other == f"{person} {state}")
-        passage, wrong = [premise, f"{somebody} {action}"], [of_other, neither]
+        (state, action), (other_state, other_action), (neither, _) = draw.some(CAUSES, 3)
+        passage = [f"{person} {action}", f"{somebody} {other_action}"]
+        right, *wrong = (f"{person} {each}" for each in (state, other_state, neither))
     return {
         "passage": told(draw.shuffled(passage)),
         "round": f"r{round_ + 1}",

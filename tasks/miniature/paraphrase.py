@@ -5,7 +5,7 @@ from __future__ import annotations
 from tasks.miniature.draws import Draw
 from tasks.miniature.events import CONVERSES
 from tasks.miniature.lexicon import PEOPLE, THINGS
-from tasks.miniature.sentences import converse
+from tasks.miniature.sentences import TIMES
 from tasks.miniature.world import RELATIONS, World
 
 
@@ -41,3 +41,22 @@ def questions(world: World, draw: Draw, index: int) -> dict:
         "question2": second.format(p=person if label else somebody),
         "label": label,  # 1 the same, 0 not
     }
+
+
+def converse(
+    draw: Draw, *, a: str, b: str, thing: str, forms: tuple[str, str], same: bool
+) -> tuple[str, str]:
+    """Two sentences of different wording on what `a` and `b` have to do with each other; `same` if they agree.
+
+    The verb is the same or its converse and the names stand in either order in both cases, so that no word tells.
+    """
+    first, second = draw.some((0, 1), 2)
+    if draw.heads():  # the other verb: agrees if the roles are kept
+        roles = (a, b) if same else (b, a)
+    else:  # the same verb: a sentence would agree only with itself, so the time moves
+        second = first
+        roles = (a, b) if same else (b, a)
+    one = forms[first].format(a=a, b=b, t=thing)
+    two = forms[second].format(a=roles[0], b=roles[1], t=thing)
+    time = draw.pick(TIMES)
+    return f"{time} {one}", f"{two} {time}"

@@ -3,8 +3,8 @@ r"""Experts of a real model on real tasks, merged, evaluated and opened by `tran
   python -m tests.campaigns.real_experts --checkpoint=/data/SmolLM2-135M-Instruct --data=/data/real/tasks --work_dir=/data/r4 \
     [--steps=40] [--limit=200] [--list]
 
-From a Hugging Face folder: an expert of each of two tasks, by one prompt of each (batches of 16 rows of 64 tokens, rate 2e-5, safetensors), both merged
-by four methods, base, experts and merges evaluated on both tasks. Each is opened by `transformers` and goes on from a prompt
+From a Hugging Face folder: an expert of each of two tasks, by one prompt of each (batches of 16 rows of 64 tokens, rate 2e-5,
+safetensors), both merged by four methods, base, experts and merges evaluated on both tasks. Each is opened by `transformers` and goes on from a prompt
 (extra `peers`). Prints the table of scores; exit code 1 where the expert of rotten_tomatoes is below 0.82, or a model can't be opened. What is done is
 not done again: every stage knows it, so --list, which prints the commands alone, says how to run one by hand.
 """
@@ -22,6 +22,7 @@ import numpy as np
 
 from launch.tasks import table
 from merging.evaluation.collect import SCORES, Score, ScoresFile
+from tasks import catalog
 from tests.launch.t5x import programs
 
 TASKS = {"rotten_tomatoes": "tone", "trec": "asks"}  # and the prompt of each
@@ -120,7 +121,7 @@ class Campaign:
 
 def registered(task: str) -> str:
     """By one of its prompts."""
-    return f"{task}_{TASKS[task]}_local"
+    return catalog.task_name(catalog.datasets()[task], TASKS[task], "local")
 
 
 def bound(macros: dict[str, object]) -> list[str]:

@@ -91,16 +91,10 @@ def test_logits_equal(folder: pathlib.Path):
     forward = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens))
     drawn = np.random.default_rng(0).integers(0, model.config.vocab_size, 600)
     text, drawn = (np.array(row, np.int32)[None] for row in (sum(prompts_of(folder), []), drawn))
-
-    def distance(tokens: np.ndarray) -> float:
-        return float(
-            np.abs(np.asarray(forward(params, tokens)) - their_logits(folder, tokens)).max()
-        )
-
-    on_text, on_drawn = distance(text), distance(drawn)
-    rounded_away = float(
-        np.abs(their_logits(folder, drawn) - their_logits(folder, drawn, exact=True)).max()
-    )
+    wanted = their_logits(folder, drawn)
+    on_text = np.abs(forward(params, text) - their_logits(folder, text)).max()
+    on_drawn = np.abs(forward(params, drawn) - wanted).max()
+    rounded_away = np.abs(their_logits(folder, drawn, exact=True) - wanted).max()
     print(f"\n{folder.name}: largest difference of logits {on_text:.2g} on text, {on_drawn:.2g} on drawn tokens, "
           f"where the peer's float32 is {rounded_away:.2g} from its float64")  # fmt: skip
     assert on_text < TOLERANCES[folder.name]
